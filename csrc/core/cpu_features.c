@@ -1,0 +1,77 @@
+#include "cpu_features.h"
+
+#include <stddef.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+static unsigned long long saved_registers(void)
+{
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (unsigned long long)high << 32 | low;
+}
+
+unsigned sa_cpu_probe(void)
+{
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) {
+        return 0;
+    }
+    const unsigned fma_osxsave_avx_f16c = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29;
+    if ((c & fma_osxsave_avx_f16c) != fma_osxsave_avx_f16c) {
+        return 0;
+    }
+    const unsigned long long ymm = 0x6, zmm = 0xe6, tiles = 0x60000;
+    const unsigned long long saved = saved_registers();
+    if ((saved & ymm) != ymm || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+        return 0;
+    }
+    unsigned found = (b & 1u << 5) ? SA_CPU_AVX2 : 0;
+    const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    unsigned a1, b1, c1, d1;
+    const unsigned subleaf1 = __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) ? a1 : 0;
+    if ((saved & zmm) == zmm && (b & f_dq_bw_vl) == f_dq_bw_vl) {
+        found |= SA_CPU_AVX512;
+        found |= (subleaf1 & 1u << 5) ? SA_CPU_AVX512_BF16 : 0;
+        found |= (d & 1u << 23) ? SA_CPU_AVX512_FP16 : 0;
+    }
+    if ((saved & tiles) == tiles && (d & 1u << 22)) {
+        found |= SA_CPU_AMX_BF16;
+    }
+    return found;
+}
+#elif defined(__aarch64__)
+unsigned sa_cpu_probe(void)
+{
+    return SA_CPU_NEON;
+}
+#else
+unsigned sa_cpu_probe(void)
+{
+    return 0;
+}
+#endif
+
+const char *sa_cpu_features(void)
+{
+    static const struct {
+        unsigned bit;
+        const char *name;
+    } names[] = {{SA_CPU_AVX2, "avx2 "},          {SA_CPU_AVX512, "avx512 "}, {SA_CPU_AVX512_BF16, "avx512bf16 "},
+                 {SA_CPU_AVX512_FP16, "avx512fp16 "}, {SA_CPU_AMX_BF16, "amx_bf16 "}, {SA_CPU_NEON, "neon "}};
+    static _Thread_local char text[96];
+    text[0] = '\0';
+    const unsigned found = sa_cpu_probe();
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        if (found & names[i].bit) {
+            strcat(text, names[i].name);
+        }
+    }
+    const size_t length = strlen(text);
+    if (length > 0) {
+        text[length - 1] = '\0';
+    }
+    return text;
+}

@@ -1,0 +1,19 @@
+/* One CPUID probe. A feature counts only when the operating system saves its registers too. */
+#ifndef SA_CPU_FEATURES_H
+#define SA_CPU_FEATURES_H
+
+typedef enum sa_cpu_feature {
+    SA_CPU_AVX2 = 1,        /* with FMA and F16C */
+    SA_CPU_AVX512 = 2,      /* F, BW, VL, DQ */
+    SA_CPU_AVX512_BF16 = 4,
+    SA_CPU_AVX512_FP16 = 8,
+    SA_CPU_AMX_BF16 = 16,
+    SA_CPU_NEON = 32,
+} sa_cpu_feature;
+
+unsigned sa_cpu_probe(void);
+
+/* The present ones, space-separated. */
+const char *sa_cpu_features(void);
+
+#endif

@@ -1,0 +1,98 @@
+/* What a kernel computes: rows of queries, each against a few runs of keys.
+ *
+ * A row is a batch row or a packed sequence. A run is keys at a constant stride with consecutive positions. Runs are how one kernel
+ * serves everything: a plain call has one or two, a ring that wraps has two beside its pinned tokens, a chunk on its way into a cache is
+ * one more, and learned sink K/V is a run that has no positions. */
+#ifndef SA_PROBLEM_H
+#define SA_PROBLEM_H
+
+#include <stdint.h>
+
+#include "../sinkattn.h"
+#include "integers.h"
+
+#define SA_NO_WINDOW (INT64_MAX / 4)
+
+typedef enum sa_run_kind {
+    SA_RUN_PLAIN,   /* causality and window decide */
+    SA_RUN_PINNED,  /* causality alone; sink_query and sink_bias apply */
+    SA_RUN_LEARNED, /* seen by every query; neither bias nor ALiBi */
+} sa_run_kind;
+
+typedef struct sa_run {
+    const void *key;   /* kv head 0, first key */
+    const void *value;
+    int64_t key_head_stride, key_stride, value_head_stride, value_stride;
+    int64_t count;
+    int64_t position;   /* of the first key, in the row's own count; pinned runs: also the column of sink_bias */
+    int64_t mass_skip;  /* keys at the front whose mass is not reported */
+    int64_t mass_index; /* where the mass of key `mass_skip` goes; < 0: no key of this run is reported */
+    sa_run_kind kind;
+} sa_run;
+
+enum { SA_MAX_RUNS = 6 };
+
+typedef struct sa_row {
+    const void *query, *sink_query; /* head 0, query 0 */
+    void *output;
+    float *lse;          /* nullable */
+    float *mass;         /* [heads_kv, mass_head_stride] zeroed before the kernel runs, nullable */
+    const float *alibi;  /* [heads_q], nullable */
+    int64_t query_count; /* real queries */
+    int64_t query_total; /* with the padded ones behind: output 0, lse -inf */
+    int64_t position;    /* of query 0; may be negative */
+    int64_t mass_first;  /* first query whose weights count for the mass */
+    sa_run runs[SA_MAX_RUNS];
+    int run_count;
+} sa_row;
+
+typedef struct sa_problem {
+    sa_dtype dtype;
+    int64_t heads_q, heads_kv, depth, depth_v;
+    int64_t query_head_stride, query_stride, sink_query_head_stride, sink_query_stride;
+    int64_t output_head_stride, output_stride, lse_head_stride, mass_head_stride;
+    float scale;
+    float softcap; /* 0: none */
+    bool causal;
+    bool alibi;                 /* some row has slopes */
+    const int64_t *windows;     /* [heads_q], SA_NO_WINDOW for none */
+    const double *sinks;        /* [heads_q] logsumexp of the sink logits, -inf for none */
+    const float *sink_bias;     /* [heads_q, bias_stride], nullable */
+    int64_t bias_stride;
+    int64_t pinned_query_limit; /* ALiBi distances to pinned keys are taken as if the query stood at most here */
+    sa_mass_reduce mass_reduce;
+    sa_row *rows;
+    int64_t row_count;
+} sa_problem;
+
+typedef struct sa_range {
+    int64_t low, high; /* empty where low >= high */
+} sa_range;
+
+/* Keys of a run, by their index in it, that a query at `position` sees. */
+static inline sa_range sa_visible(const sa_run *run, bool causal, int64_t window, int64_t position)
+{
+    if (run->kind == SA_RUN_LEARNED || (run->kind == SA_RUN_PINNED && !causal)) {
+        return (sa_range){0, run->count};
+    }
+    const int64_t ahead = causal ? 1 : window;
+    const int64_t high = clamp_i64(position + ahead - run->position, 0, run->count);
+    if (run->kind == SA_RUN_PINNED) {
+        return (sa_range){0, high};
+    }
+    return (sa_range){clamp_i64(position - window + 1 - run->position, 0, run->count), high};
+}
+
+/* Where the mass of key `index` of a run goes, < 0 for nowhere. */
+static inline int64_t sa_mass_slot(const sa_run *run, int64_t index)
+{
+    return run->mass_index < 0 || index < run->mass_skip ? -1 : run->mass_index + index - run->mass_skip;
+}
+
+/* Element `offset` of an array of a dtype. */
+static inline const void *sa_at(const void *data, sa_dtype dtype, int64_t offset)
+{
+    return (const char *)data + offset * (dtype == SA_F32 ? 4 : 2);
+}
+
+#endif

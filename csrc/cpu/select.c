@@ -1,0 +1,144 @@
+/* Picks a table once: SINKATTN_CPU=<name> if it is usable, else the widest that the processor has. */
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../core/cpu_features.h"
+#include "table.h"
+
+typedef struct entry {
+    const char *name;
+    const sa_cpu_table *table; /* NULL: not built */
+} entry;
+
+/* From the narrowest to the widest. */
+static const entry entries[] = {
+    {"reference", &sa_table_reference},
+#ifdef SA_HAVE_AVX2
+    {"avx2", &sa_table_avx2},
+#else
+    {"avx2", NULL},
+#endif
+#ifdef SA_HAVE_AVX512
+    {"avx512", &sa_table_avx512},
+#else
+    {"avx512", NULL},
+#endif
+#ifdef SA_HAVE_AVX512BF16
+    {"avx512bf16", &sa_table_avx512bf16},
+#else
+    {"avx512bf16", NULL},
+#endif
+};
+
+enum { ENTRIES = sizeof entries / sizeof entries[0] };
+
+static const sa_cpu_table *_Atomic chosen;
+static char reason[160] = "chosen by hand";
+
+int sa_table_count(void)
+{
+    return ENTRIES;
+}
+
+const char *sa_table_name(int index)
+{
+    return entries[index].name;
+}
+
+bool sa_table_built(int index)
+{
+    return entries[index].table != NULL;
+}
+
+bool sa_table_usable(int index)
+{
+    const sa_cpu_table *table = entries[index].table;
+    return table != NULL && (sa_cpu_probe() & table->needs) == table->needs;
+}
+
+static const sa_cpu_table *find(const char *name)
+{
+    for (int i = 0; i < ENTRIES; i++) {
+        if (strcmp(entries[i].name, name) == 0 && sa_table_usable(i)) {
+            return entries[i].table;
+        }
+    }
+    return NULL;
+}
+
+static const sa_cpu_table *choose(void)
+{
+    const char *wish = getenv("SINKATTN_CPU");
+    const sa_cpu_table *table = wish != NULL && wish[0] != '\0' ? find(wish) : NULL;
+    if (table != NULL) {
+        snprintf(reason, sizeof reason, "SINKATTN_CPU=%.40s asks for it", wish);
+        return table;
+    }
+    for (int i = ENTRIES - 1; table == NULL; i--) {
+        table = sa_table_usable(i) ? entries[i].table : NULL;
+    }
+    if (wish != NULL && wish[0] != '\0') {
+        snprintf(reason, sizeof reason, "SINKATTN_CPU=%.40s is unknown or not usable here; this is the widest usable one", wish);
+    } else {
+        snprintf(reason, sizeof reason, "the widest instruction set that is built in and that this processor has");
+    }
+    return table;
+}
+
+const sa_cpu_table *sa_table(void)
+{
+    const sa_cpu_table *table = atomic_load_explicit(&chosen, memory_order_acquire);
+    if (table == NULL) {
+        table = choose();
+        atomic_store_explicit(&chosen, table, memory_order_release);
+    }
+    return table;
+}
+
+const char *sa_table_chosen(void)
+{
+    return sa_table()->name;
+}
+
+const char *sa_table_reason(void)
+{
+    (void)sa_table();
+    return reason;
+}
+
+sa_status sa_table_use(const char *name)
+{
+    const sa_cpu_table *table = find(name);
+    if (table == NULL) {
+        return sa_fail(SA_VALUE_ERROR, "use_cpu_table(): %.60s is not a table that is usable here", name);
+    }
+    (void)sa_table();
+    snprintf(reason, sizeof reason, "chosen by hand");
+    atomic_store(&chosen, table);
+    return SA_OK;
+}
+
+static _Atomic int64_t path_calls[SA_PATH_COUNT];
+
+void sa_path_count_row(sa_path path)
+{
+    atomic_fetch_add_explicit(&path_calls[path], 1, memory_order_relaxed);
+}
+
+int sa_path_count(void)
+{
+    return SA_PATH_COUNT;
+}
+
+const char *sa_path_name(int index)
+{
+    static const char *const names[SA_PATH_COUNT] = {"direct", "packed", "mass", "reference"};
+    return names[index];
+}
+
+int64_t sa_path_calls(int index)
+{
+    return atomic_load_explicit(&path_calls[index], memory_order_relaxed);
+}

@@ -1,0 +1,33 @@
+/* What an instruction set offers: one struct of functions, chosen once. Every table serves every problem. */
+#ifndef SA_TABLE_H
+#define SA_TABLE_H
+
+#include "../core/pool.h"
+#include "../core/problem.h"
+
+typedef struct sa_cpu_table {
+    const char *name;
+    unsigned needs; /* sa_cpu_feature bits */
+    sa_status (*attend)(const sa_problem *problem, sa_poll poll);
+} sa_cpu_table;
+
+extern const sa_cpu_table sa_table_reference;
+#ifdef SA_HAVE_AVX2
+extern const sa_cpu_table sa_table_avx2;
+#endif
+#ifdef SA_HAVE_AVX512
+extern const sa_cpu_table sa_table_avx512;
+#endif
+#ifdef SA_HAVE_AVX512BF16
+extern const sa_cpu_table sa_table_avx512bf16;
+#endif
+
+/* The table in use. */
+const sa_cpu_table *sa_table(void);
+
+/* Ways through the kernels, counted so that show_config() can tell what ran. */
+typedef enum sa_path { SA_PATH_DIRECT, SA_PATH_PACKED, SA_PATH_MASS, SA_PATH_REFERENCE, SA_PATH_COUNT } sa_path;
+
+void sa_path_count_row(sa_path path);
+
+#endif

@@ -1,0 +1,159 @@
+/* sinkattn: the C interface between csrc/python and the kernels.
+ *
+ * Pointers address element [0, 0, ...]; extents count elements; strides count elements, not bytes.
+ * The order of every call is: describe (sa_attend_params) -> check (sa_attend_check) -> allocate the results -> run (sa_attend).
+ * docs/semantics.md says what is computed. */
+#ifndef SINKATTN_H
+#define SINKATTN_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core/status.h"
+
+typedef enum sa_dtype { SA_F32, SA_F16, SA_BF16 } sa_dtype;
+
+int64_t sa_dtype_size(sa_dtype dtype);
+const char *sa_dtype_name(sa_dtype dtype);
+
+/* A strided array that belongs to the caller. rank 0: not given. */
+typedef struct sa_tensor {
+    void *data;
+    int64_t shape[4];
+    int64_t stride[4];
+    int rank;
+    sa_dtype dtype;
+    bool readonly;
+} sa_tensor;
+
+/* Small auxiliary arrays, already cast and dense (C order). data NULL: not given. rank 0: one number for all. */
+typedef struct sa_floats {
+    const float *data;
+    int64_t shape[4];
+    int rank;
+} sa_floats;
+
+typedef struct sa_ints {
+    const int64_t *data;
+    int64_t shape[4];
+    int rank;
+} sa_ints;
+
+typedef enum sa_mass_reduce { SA_MASS_SUM, SA_MASS_MAX } sa_mass_reduce;
+
+/* One attention problem. A tensor of rank 0, or an array with data NULL, switches its feature off. */
+typedef struct sa_attend_params {
+    const char *function;     /* name in messages: "attend", "SinkCache.attend" */
+    sa_tensor query;          /* [batch, heads_q, query_length, depth] */
+    sa_tensor key;            /* [batch, heads_kv, kv_length, depth] */
+    sa_tensor value;          /* [batch, heads_kv, kv_length, depth_v] */
+    sa_tensor output;         /* [batch, heads_q, query_length, depth_v], written in full */
+    sa_tensor sink_query;     /* [batch, heads_q, query_length, depth], used against the pinned keys */
+    sa_tensor sink_key;       /* [heads_kv, learned, depth] */
+    sa_tensor sink_value;     /* [heads_kv, learned, depth_v] */
+    sa_floats sink_logits;    /* [], [heads_q] or [heads_q, logits], natural log units */
+    sa_floats sink_bias;      /* [heads_q, pinned] */
+    sa_floats alibi_slopes;   /* [heads_q] or [batch, heads_q] */
+    sa_ints window;           /* [] >= 1, or [heads_q] with 0 for none; not given: every key */
+    sa_ints starts;           /* [batch] */
+    sa_ints lengths;          /* [batch] */
+    sa_ints query_lengths;    /* [batch]; new_lengths of a cache call */
+    sa_ints cumulative_query; /* [sequences + 1] */
+    sa_ints cumulative_key;   /* [sequences + 1] */
+    int64_t pinned;           /* first keys that stay visible outside the window */
+    bool causal;
+    bool has_scale, has_softcap;
+    double scale;   /* default 1 / sqrt(depth) */
+    double softcap; /* > 0 */
+    float *lse;     /* [batch, heads_q, query_length] dense, includes the sink logits, nullable */
+    float *mass;    /* [batch, heads_kv, kv_length] dense (a cache: its slots in place of kv_length), nullable */
+    sa_mass_reduce mass_reduce;
+    int64_t mass_queries; /* only the last so many real queries of a row count; < 0: all */
+} sa_attend_params;
+
+/* Polled from the calling thread about every 10 ms of a long call; true stops it with SA_INTERRUPTED. `stop` may be NULL. */
+typedef struct sa_poll {
+    bool (*stop)(void *context);
+    void *context;
+} sa_poll;
+
+/* Every check of a call, before the first read of query, key or value. output, lse and mass need not exist yet (output: rank 0). */
+sa_status sa_attend_check(const sa_attend_params *params);
+
+/* Runs a checked call with the results in place. SA_NO_MEMORY and SA_INTERRUPTED are the only failures; the results are then undefined. */
+sa_status sa_attend(const sa_attend_params *params, sa_poll poll);
+
+/* --- the streaming cache -------------------------------------------------------------------------------------------------------- */
+
+typedef struct sa_cache sa_cache;
+
+typedef struct sa_cache_config {
+    int64_t batch, heads_kv, depth, depth_v;
+    int64_t pinned, window, rollback;
+    sa_dtype dtype;
+    const double *inv_freq; /* [rotated / 2], copied; NULL: no rotation */
+    int64_t inv_freq_count;
+    double attention_scaling;
+    bool interleaved;
+    bool applied;        /* q and k arrive rotated at their absolute position */
+    bool slot_positions; /* distances to pinned keys count cache slots (StreamingLLM), else text */
+} sa_cache_config;
+
+/* Checks the configuration ("SinkCache(): ..." messages) and allocates; memory never grows afterwards but for the scratch of a call. */
+sa_status sa_cache_new(const sa_cache_config *config, sa_cache **cache);
+void sa_cache_free(sa_cache *cache);
+sa_status sa_cache_clone(const sa_cache *cache, sa_cache **copy);
+const sa_cache_config *sa_cache_describe(const sa_cache *cache);
+int64_t sa_cache_nbytes(const sa_cache *cache);
+int64_t sa_cache_slots(const sa_cache *cache); /* pinned + window + rollback */
+
+/* Append, evict, attend. params: query, key, value, output, query_lengths (= new_lengths), sink_logits, sink_bias, sink_key/value,
+ * scale, softcap, alibi_slopes, lse, mass [batch, heads_kv, slots]. The cache changes only when SA_OK is returned. */
+sa_status sa_cache_attend_check(const sa_cache *cache, const sa_attend_params *params);
+sa_status sa_cache_attend(sa_cache *cache, const sa_attend_params *params, sa_poll poll);
+
+const int64_t *sa_cache_lengths(const sa_cache *cache); /* [batch] tokens seen */
+const int64_t *sa_cache_lows(const sa_cache *cache);    /* [batch] oldest position that the ring still holds, >= pinned */
+
+/* Positions held by a row, ascending; `positions` has room for sa_cache_slots. Returns how many. */
+int64_t sa_cache_kept(const sa_cache *cache, int64_t row, int64_t *positions);
+
+void sa_cache_reset(sa_cache *cache, const bool *rows); /* [batch], NULL: all */
+sa_status sa_cache_reorder(sa_cache *cache, const int64_t *index, int64_t count);
+sa_status sa_cache_crop(sa_cache *cache, int64_t length);
+
+/* The stored bits: keys [batch, heads_kv, slots, depth] and values [batch, heads_kv, slots, depth_v], dense. Slot of position j: j where
+ * j < pinned, else pinned + (j - pinned) % (window + rollback). Unused slots are zero. */
+const void *sa_cache_keys(const sa_cache *cache);
+const void *sa_cache_values(const sa_cache *cache);
+
+/* Takes over a state of the same configuration after checking it: lengths >= 0, pinned <= lows <= max(lengths, pinned), and no more held
+ * than the ring has room for. Slots that the lengths say are unused are cleared. */
+sa_status sa_cache_restore(sa_cache *cache, const void *keys, const void *values, const int64_t *lengths, const int64_t *lows);
+
+/* --- the machine ---------------------------------------------------------------------------------------------------------------- */
+
+/* Kernel tables: "reference", "avx2", "avx512", "avx512bf16". The best usable one is chosen once; SINKATTN_CPU=<name> overrides. */
+int sa_table_count(void);
+const char *sa_table_name(int index);
+bool sa_table_built(int index);  /* compiled into this extension */
+bool sa_table_usable(int index); /* built, and this processor has the instructions */
+const char *sa_table_chosen(void);
+const char *sa_table_reason(void); /* one sentence: why this one */
+sa_status sa_table_use(const char *name);
+const char *sa_cpu_features(void); /* space-separated names of the probed features that are present */
+
+/* How often each path ran since the process started, e.g. "packed", "direct", "reference": a call that falls through is visible. */
+int sa_path_count(void);
+const char *sa_path_name(int index);
+int64_t sa_path_calls(int index);
+
+void sa_set_threads(int64_t count); /* >= 1 */
+int64_t sa_get_threads(void);       /* default: SINKATTN_NUM_THREADS, else the affinity mask */
+
+/* Plain C helpers that the binding shares with the kernels. `merge`: joins partial results over disjoint keys.
+ * outs[parts] are dense [rows, depth] of one dtype, lses[parts] dense [rows] fp32; out has the dtype of outs. */
+void sa_merge(const void *const *outs, const float *const *lses, int64_t parts, int64_t rows, int64_t depth, sa_dtype dtype, void *out,
+              float *lse);
+
+#endif
