@@ -70,8 +70,9 @@ sa_status sa_cache_new(const sa_cache_config *config, sa_cache **out)
     cache->lows = clear_memory(config->batch * (int64_t)sizeof(int64_t));
     cache->inv_freq = clear_memory(config->inv_freq_count * (int64_t)sizeof(double));
     if (!cache->keys || !cache->values || !cache->lengths || !cache->lows || !cache->inv_freq) {
+        const int64_t bytes = cache->key_bytes + cache->value_bytes;
         sa_cache_free(cache);
-        return sa_no_memory("a SinkCache", cache->key_bytes + cache->value_bytes);
+        return sa_no_memory("a SinkCache", bytes);
     }
     if (config->inv_freq != NULL) {
         memcpy(cache->inv_freq, config->inv_freq, (size_t)config->inv_freq_count * sizeof(double));
@@ -288,16 +289,16 @@ sa_status sa_cache_attend_check(const sa_cache *cache, const sa_attend_params *p
 }
 
 /* One call's chunk: how many tokens are new for a row, and rotated copies where the cache rotates. Copies are dense. */
-typedef struct chunk {
+typedef struct cache_chunk {
     const sa_attend_params *params;
     int64_t tokens;
     char *memory;
     char *query;        /* [batch, heads_q, tokens, depth] */
     char *pinned_query; /* the same, NULL if one query serves both */
     char *key;          /* [batch, heads_kv, tokens, depth] */
-} chunk;
+} cache_chunk;
 
-static int64_t new_tokens(const chunk *chunk, int64_t row)
+static int64_t new_tokens(const cache_chunk *chunk, int64_t row)
 {
     return chunk->params->query_lengths.data != NULL ? chunk->params->query_lengths.data[row] : chunk->tokens;
 }
@@ -307,7 +308,7 @@ static int64_t slot_limit(const sa_cache *cache)
     return cache->ring.pinned + cache->ring.window - 1;
 }
 
-static bool needs_pinned_query(const sa_cache *cache, const chunk *chunk)
+static bool needs_pinned_query(const sa_cache *cache, const cache_chunk *chunk)
 {
     const sa_cache_config *config = &cache->config;
     if (!config->slot_positions || config->pinned == 0 || config->inv_freq_count == 0) {
@@ -321,7 +322,7 @@ static bool needs_pinned_query(const sa_cache *cache, const chunk *chunk)
     return false;
 }
 
-static sa_status chunk_allocate(const sa_cache *cache, chunk *chunk)
+static sa_status chunk_allocate(const sa_cache *cache, cache_chunk *chunk)
 {
     const sa_cache_config *config = &cache->config;
     const sa_tensor *query = &chunk->params->query;
@@ -359,7 +360,7 @@ static void rotate_token(const sa_rope *rope, const float *table, const sa_tenso
     }
 }
 
-static void chunk_rotate(const sa_cache *cache, const chunk *chunk)
+static void chunk_rotate(const sa_cache *cache, const cache_chunk *chunk)
 {
     const sa_cache_config *config = &cache->config;
     const sa_rope rope = {cache->inv_freq, config->inv_freq_count, config->attention_scaling, config->interleaved};
@@ -381,7 +382,7 @@ static void chunk_rotate(const sa_cache *cache, const chunk *chunk)
 }
 
 /* Where the keys of a chunk lie: in the caller's tensor, or in the rotated copy. */
-static sa_tensor chunk_keys(const chunk *chunk)
+static sa_tensor chunk_keys(const cache_chunk *chunk)
 {
     sa_tensor key = chunk->params->key;
     if (chunk->key != NULL) {
@@ -430,7 +431,7 @@ static sa_run held_run(const sa_cache *cache, int64_t row, sa_slots slots, sa_ru
     };
 }
 
-static sa_run new_run(const chunk *chunk, int64_t row, int64_t first, int64_t count, int64_t position, sa_run_kind kind)
+static sa_run new_run(const cache_chunk *chunk, int64_t row, int64_t first, int64_t count, int64_t position, sa_run_kind kind)
 {
     const sa_tensor key = chunk_keys(chunk), *value = &chunk->params->value;
     return (sa_run){
@@ -446,7 +447,7 @@ static sa_run new_run(const chunk *chunk, int64_t row, int64_t first, int64_t co
     };
 }
 
-static void fill_runs(const sa_cache *cache, const chunk *chunk, int64_t b, sa_row *row)
+static void fill_runs(const sa_cache *cache, const cache_chunk *chunk, int64_t b, sa_row *row)
 {
     const sa_ring *ring = &cache->ring;
     const sa_ring_state state = state_of(cache, b);
@@ -467,7 +468,7 @@ static void fill_runs(const sa_cache *cache, const chunk *chunk, int64_t b, sa_r
     add_run(row, ring, after, new_run(chunk, b, pinned_new, count - pinned_new, state.length + pinned_new, SA_RUN_PLAIN));
 }
 
-static void fill_row(const sa_cache *cache, const chunk *chunk, const sa_problem *problem, int64_t b, sa_row *row)
+static void fill_row(const sa_cache *cache, const cache_chunk *chunk, const sa_problem *problem, int64_t b, sa_row *row)
 {
     const sa_attend_params *params = chunk->params;
     const int64_t heads = problem->heads_q, size = sa_dtype_size(problem->dtype);
@@ -485,7 +486,7 @@ static void fill_row(const sa_cache *cache, const chunk *chunk, const sa_problem
     fill_runs(cache, chunk, b, row);
 }
 
-static sa_status run_chunk(const sa_cache *cache, const chunk *chunk, sa_poll poll)
+static sa_status run_chunk(const sa_cache *cache, const cache_chunk *chunk, sa_poll poll)
 {
     sa_attend_params params = *chunk->params;
     params.window = (sa_ints){.data = &cache->ring.window};
@@ -526,7 +527,7 @@ static void write_slots(const sa_tensor *source, int64_t row, int64_t first, sa_
     }
 }
 
-static void commit(sa_cache *cache, const chunk *chunk, int64_t b)
+static void commit(sa_cache *cache, const cache_chunk *chunk, int64_t b)
 {
     const sa_ring *ring = &cache->ring;
     const sa_ring_state state = state_of(cache, b), after = sa_ring_append(ring, state, new_tokens(chunk, b));
@@ -544,7 +545,7 @@ static void commit(sa_cache *cache, const chunk *chunk, int64_t b)
 
 sa_status sa_cache_attend(sa_cache *cache, const sa_attend_params *params, sa_poll poll)
 {
-    chunk chunk = {.params = params, .tokens = params->query.shape[2]};
+    cache_chunk chunk = {.params = params, .tokens = params->query.shape[2]};
     SA_TRY(chunk_allocate(cache, &chunk));
     chunk_rotate(cache, &chunk);
     const sa_status status = run_chunk(cache, &chunk, poll);

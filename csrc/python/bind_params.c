@@ -1,0 +1,103 @@
+#include "bind_params.h"
+
+int sa_parse_tensors(sa_call *call, PyObject *q, PyObject *k, PyObject *v, PyObject *out, sa_attend_params *params, sa_like *like)
+{
+    return sa_view(call, "q", q, &params->query, like) < 0 || sa_view(call, "k", k, &params->key, NULL) < 0 ||
+                   sa_view(call, "v", v, &params->value, NULL) < 0 ||
+                   (out != Py_None && sa_view(call, "out", out, &params->output, NULL) < 0)
+               ? -1
+               : 0;
+}
+
+static int parse_sink_kv(sa_call *call, PyObject *pair, sa_attend_params *params)
+{
+    if (pair == Py_None) {
+        return 0;
+    }
+    if (!PyTuple_Check(pair) && !PyList_Check(pair)) {
+        PyErr_Format(PyExc_TypeError, "%s(): sink_kv is %s, expected a pair (k_s, v_s)", call->function, Py_TYPE(pair)->tp_name);
+        return -1;
+    }
+    if (PySequence_Fast_GET_SIZE(pair) != 2) {
+        PyErr_Format(PyExc_ValueError, "%s(): sink_kv has %zd entries, expected 2: (k_s, v_s)", call->function, PySequence_Fast_GET_SIZE(pair));
+        return -1;
+    }
+    return sa_view(call, "sink_kv[0]", PySequence_Fast_GET_ITEM(pair, 0), &params->sink_key, NULL) < 0 ||
+                   sa_view(call, "sink_kv[1]", PySequence_Fast_GET_ITEM(pair, 1), &params->sink_value, NULL) < 0
+               ? -1
+               : 0;
+}
+
+int sa_parse_scores(sa_call *call, const sa_score_arguments *arguments, sa_attend_params *params)
+{
+    return sa_cast_floats(call, "sink_logits", arguments->sink_logits, &params->sink_logits) < 0 ||
+                   sa_cast_floats(call, "sink_bias", arguments->sink_bias, &params->sink_bias) < 0 ||
+                   parse_sink_kv(call, arguments->sink_kv, params) < 0 ||
+                   sa_parse_float(call, "scale", arguments->scale, &params->scale, &params->has_scale) < 0 ||
+                   sa_parse_float(call, "softcap", arguments->softcap, &params->softcap, &params->has_softcap) < 0 ||
+                   sa_cast_floats(call, "alibi_slopes", arguments->alibi_slopes, &params->alibi_slopes) < 0
+               ? -1
+               : 0;
+}
+
+static void fill_dense(sa_tensor *tensor, void *data, sa_dtype dtype, const int64_t shape[4])
+{
+    *tensor = (sa_tensor){.data = data, .rank = 4, .dtype = dtype};
+    int64_t stride = 1;
+    for (int axis = 3; axis >= 0; axis--) {
+        tensor->shape[axis] = shape[axis];
+        tensor->stride[axis] = stride;
+        stride *= shape[axis];
+    }
+}
+
+int sa_make_results(sa_call *call, sa_attend_params *params, PyObject *out, bool lse, bool mass, int64_t mass_slots, sa_results *results)
+{
+    const sa_tensor *query = &params->query;
+    const int64_t shape[4] = {query->shape[0], query->shape[1], query->shape[2], params->value.shape[3]};
+    const int64_t mass_shape[3] = {query->shape[0], params->key.shape[1], mass_slots};
+    void *data;
+    if (out != Py_None) {
+        results->out_given = true;
+        results->out = Py_NewRef(out);
+    } else {
+        results->out = sa_new_result(call, &results->like, query->dtype, 4, shape, &data);
+        if (results->out == NULL) {
+            return -1;
+        }
+        fill_dense(&params->output, data, query->dtype, shape);
+    }
+    if (lse) {
+        results->lse = sa_new_result(call, &results->like, SA_F32, 3, shape, &data);
+        params->lse = data;
+    }
+    if (mass && (!lse || results->lse != NULL)) {
+        results->mass = sa_new_result(call, &results->like, SA_F32, 3, mass_shape, &data);
+        params->mass = data;
+    }
+    return (lse && results->lse == NULL) || (mass && results->mass == NULL) ? -1 : 0;
+}
+
+PyObject *sa_take_results(sa_call *call, sa_results *results)
+{
+    if (!results->out_given) {
+        results->out = sa_finish_result(call, &results->like, results->out);
+    }
+    const bool lse = results->lse != NULL, mass = results->mass != NULL;
+    results->lse = sa_finish_result(call, &results->like, results->lse);
+    results->mass = sa_finish_result(call, &results->like, results->mass);
+    if (results->out == NULL || lse != (results->lse != NULL) || mass != (results->mass != NULL)) {
+        return NULL;
+    }
+    if (lse && mass) {
+        return PyTuple_Pack(3, results->out, results->lse, results->mass);
+    }
+    return lse || mass ? PyTuple_Pack(2, results->out, lse ? results->lse : results->mass) : Py_NewRef(results->out);
+}
+
+void sa_drop_results(sa_results *results)
+{
+    Py_CLEAR(results->out);
+    Py_CLEAR(results->lse);
+    Py_CLEAR(results->mass);
+}

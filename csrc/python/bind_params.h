@@ -1,0 +1,28 @@
+/* What attend and SinkCache.attend parse and return alike. */
+#ifndef SA_BIND_PARAMS_H
+#define SA_BIND_PARAMS_H
+
+#include "array.h"
+
+typedef struct sa_score_arguments {
+    PyObject *sink_logits, *sink_bias, *sink_kv, *scale, *softcap, *alibi_slopes;
+} sa_score_arguments;
+
+typedef struct sa_results {
+    sa_like like;
+    PyObject *out, *lse, *mass; /* owned; NULL where not asked for */
+    bool out_given;
+} sa_results;
+
+/* q, k, v and out (None: not given). `like` becomes the kind of q. */
+int sa_parse_tensors(sa_call *call, PyObject *q, PyObject *k, PyObject *v, PyObject *out, sa_attend_params *params, sa_like *like);
+int sa_parse_scores(sa_call *call, const sa_score_arguments *arguments, sa_attend_params *params);
+
+/* Allocates what is asked for and points params at it. Only after the check. */
+int sa_make_results(sa_call *call, sa_attend_params *params, PyObject *out, bool lse, bool mass, int64_t mass_slots, sa_results *results);
+
+/* out, or the tuple of what was asked for. */
+PyObject *sa_take_results(sa_call *call, sa_results *results);
+void sa_drop_results(sa_results *results);
+
+#endif

@@ -1,0 +1,264 @@
+/* Results as the caller's own kind, and the buffer type that carries them to frameworks known by __dlpack__ alone. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "array.h"
+#include "numpy_api.h"
+
+typedef struct buffer {
+    PyObject_HEAD
+    DLTensor tensor;
+    int64_t shape[4], stride[4];
+} buffer;
+
+static DLDataType dl_dtype(sa_dtype dtype)
+{
+    return (DLDataType){dtype == SA_BF16 ? DL_BFLOAT : DL_FLOAT, (uint8_t)(8 * sa_dtype_size(dtype)), 1};
+}
+
+static DLTensor describe(const DLDevice device, sa_dtype dtype, int rank, int64_t *shape, int64_t *stride)
+{
+    int64_t dense = 1;
+    for (int axis = rank - 1; axis >= 0; axis--) {
+        stride[axis] = dense;
+        dense *= shape[axis] > 0 ? shape[axis] : 1;
+    }
+    return (DLTensor){.device = device, .ndim = rank, .dtype = dl_dtype(dtype), .shape = shape, .strides = stride};
+}
+
+static PyObject *new_buffer(sa_call *call, sa_dtype dtype, int rank, const int64_t *shape)
+{
+    buffer *self = PyObject_New(buffer, call->module->buffer_type);
+    if (self == NULL) {
+        return NULL;
+    }
+    int64_t bytes = sa_dtype_size(dtype);
+    for (int axis = 0; axis < rank; axis++) {
+        self->shape[axis] = shape[axis];
+        bytes *= shape[axis];
+    }
+    self->tensor = describe((DLDevice){DL_CPU, 0}, dtype, rank, self->shape, self->stride);
+    if (posix_memalign(&self->tensor.data, 64, (size_t)(bytes > 0 ? bytes : 1)) != 0) {
+        self->tensor.data = NULL;
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)self;
+}
+
+static void buffer_dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    free(((buffer *)object)->tensor.data);
+    PyObject_Free(object);
+    Py_DECREF(type);
+}
+
+/* Managed tensors keep the buffer alive; a consumer may delete them from any thread. */
+static void release_owner(PyObject *owner)
+{
+    if (Py_IsInitialized()) {
+        const PyGILState_STATE gil = PyGILState_Ensure();
+        Py_DECREF(owner);
+        PyGILState_Release(gil);
+    }
+}
+
+static void delete_versioned(DLManagedTensorVersioned *managed)
+{
+    release_owner(managed->manager_ctx);
+    free(managed);
+}
+
+static void delete_legacy(DLManagedTensor *managed)
+{
+    release_owner(managed->manager_ctx);
+    free(managed);
+}
+
+static void drop_versioned(PyObject *capsule)
+{
+    if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
+        delete_versioned(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+    }
+}
+
+static void drop_legacy(PyObject *capsule)
+{
+    if (PyCapsule_IsValid(capsule, "dltensor")) {
+        delete_legacy(PyCapsule_GetPointer(capsule, "dltensor"));
+    }
+}
+
+static PyObject *versioned_capsule(buffer *self)
+{
+    DLManagedTensorVersioned *managed = calloc(1, sizeof *managed);
+    if (managed == NULL) {
+        return PyErr_NoMemory();
+    }
+    *managed = (DLManagedTensorVersioned){{1, 0}, self, delete_versioned, 0, self->tensor};
+    PyObject *capsule = PyCapsule_New(managed, "dltensor_versioned", drop_versioned);
+    if (capsule == NULL) {
+        free(managed);
+        return NULL;
+    }
+    Py_INCREF(self);
+    return capsule;
+}
+
+static PyObject *legacy_capsule(buffer *self)
+{
+    DLManagedTensor *managed = calloc(1, sizeof *managed);
+    if (managed == NULL) {
+        return PyErr_NoMemory();
+    }
+    *managed = (DLManagedTensor){self->tensor, self, delete_legacy};
+    PyObject *capsule = PyCapsule_New(managed, "dltensor", drop_legacy);
+    if (capsule == NULL) {
+        free(managed);
+        return NULL;
+    }
+    Py_INCREF(self);
+    return capsule;
+}
+
+static PyObject *buffer_dlpack(PyObject *self, PyObject *arguments, PyObject *keywords)
+{
+    (void)arguments;
+    PyObject *version = keywords != NULL ? PyDict_GetItemString(keywords, "max_version") : NULL;
+    const bool versioned = version != NULL && PyTuple_Check(version) && PyTuple_GET_SIZE(version) == 2 &&
+                           PyLong_AsLong(PyTuple_GET_ITEM(version, 0)) >= 1;
+    return versioned ? versioned_capsule((buffer *)self) : legacy_capsule((buffer *)self);
+}
+
+static PyObject *buffer_device(PyObject *self, PyObject *unused)
+{
+    (void)self;
+    (void)unused;
+    return Py_BuildValue("(ii)", DL_CPU, 0);
+}
+
+static PyMethodDef buffer_methods[] = {
+    {"__dlpack__", (PyCFunction)(void (*)(void))buffer_dlpack, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"__dlpack_device__", buffer_device, METH_NOARGS, NULL},
+    {0},
+};
+
+static PyType_Slot buffer_slots[] = {
+    {Py_tp_dealloc, buffer_dealloc},
+    {Py_tp_methods, buffer_methods},
+    {Py_tp_doc, "A result on its way into another array library."},
+    {0},
+};
+
+PyType_Spec sa_buffer_spec = {
+    .name = "sinkattn._core.Buffer",
+    .basicsize = sizeof(buffer),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = buffer_slots,
+};
+
+/* --- making results --------------------------------------------------------------------------------------------------------------- */
+
+static PyObject *numpy_result(const sa_like *like, sa_dtype dtype, int rank, const int64_t *shape, void **data)
+{
+    PyArray_Descr *descr;
+    if (dtype == SA_BF16) { /* only arrays of the caller's own bfloat16 come here */
+        descr = PyArray_DESCR((PyArrayObject *)like->object);
+        Py_INCREF(descr);
+    } else {
+        descr = PyArray_DescrFromType(dtype == SA_F32 ? NPY_FLOAT32 : NPY_FLOAT16);
+    }
+    npy_intp extents[4];
+    for (int axis = 0; axis < rank; axis++) {
+        extents[axis] = (npy_intp)shape[axis];
+    }
+    PyObject *array = PyArray_NewFromDescr(&PyArray_Type, descr, rank, extents, NULL, NULL, 0, NULL);
+    if (array != NULL) {
+        *data = PyArray_DATA((PyArrayObject *)array);
+    }
+    return array;
+}
+
+static void set_error(void *context, const char *kind, const char *message)
+{
+    (void)context;
+    (void)kind;
+    PyErr_SetString(PyExc_MemoryError, message);
+}
+
+static PyObject *exchange_result(const sa_like *like, sa_dtype dtype, int rank, const int64_t *shape, void **data)
+{
+    int64_t extents[4] = {0}, stride[4] = {0};
+    memcpy(extents, shape, (size_t)rank * sizeof *shape);
+    DLTensor prototype = describe(like->device, dtype, rank, extents, stride);
+    DLManagedTensorVersioned *managed = NULL;
+    if (like->api->allocate(&prototype, &managed, NULL, set_error) != 0) {
+        if (!PyErr_Occurred()) {
+            PyErr_NoMemory();
+        }
+        return NULL;
+    }
+    *data = (char *)managed->dl_tensor.data + managed->dl_tensor.byte_offset;
+    void *object = NULL;
+    if (like->api->managed_to_object(managed, &object) != 0) {
+        if (!PyErr_Occurred()) {
+            PyErr_SetString(PyExc_RuntimeError, "the array library did not take its own allocation back");
+        }
+        return NULL;
+    }
+    return object;
+}
+
+PyObject *sa_new_result(sa_call *call, const sa_like *like, sa_dtype dtype, int rank, const int64_t *shape, void **data)
+{
+    if (like->kind == SA_KIND_NUMPY) {
+        return numpy_result(like, dtype, rank, shape, data);
+    }
+    if (like->kind == SA_KIND_EXCHANGE) {
+        return exchange_result(like, dtype, rank, shape, data);
+    }
+    PyObject *result = new_buffer(call, dtype, rank, shape);
+    if (result != NULL) {
+        *data = ((buffer *)result)->tensor.data;
+    }
+    return result;
+}
+
+/* The from_dlpack of an object's library: its array namespace, else the package of its type, else NumPy. Owned, or NULL. */
+static PyObject *find_from_dlpack(PyObject *object)
+{
+    PyObject *space = PyObject_CallMethod(object, "__array_namespace__", NULL);
+    if (space == NULL) {
+        PyErr_Clear();
+        PyObject *module = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__module__");
+        PyObject *parts = module != NULL && PyUnicode_Check(module) ? PyObject_CallMethod(module, "partition", "s", ".") : NULL;
+        PyObject *modules = PyImport_GetModuleDict();
+        space = parts != NULL ? PyDict_GetItem(modules, PyTuple_GET_ITEM(parts, 0)) : NULL;
+        Py_XINCREF(space);
+        Py_XDECREF(parts);
+        Py_XDECREF(module);
+    }
+    PyObject *function = space != NULL ? PyObject_GetAttrString(space, "from_dlpack") : NULL;
+    Py_XDECREF(space);
+    if (function == NULL) {
+        PyErr_Clear();
+        PyObject *numpy = PyImport_ImportModule("numpy");
+        function = numpy != NULL ? PyObject_GetAttrString(numpy, "from_dlpack") : NULL;
+        Py_XDECREF(numpy);
+    }
+    return function;
+}
+
+PyObject *sa_finish_result(sa_call *call, const sa_like *like, PyObject *result)
+{
+    (void)call;
+    if (like->kind != SA_KIND_DLPACK || result == NULL) {
+        return result;
+    }
+    PyObject *from_dlpack = find_from_dlpack(like->object);
+    PyObject *converted = from_dlpack != NULL ? PyObject_CallOneArg(from_dlpack, result) : NULL;
+    Py_XDECREF(from_dlpack);
+    Py_DECREF(result);
+    return converted;
+}
