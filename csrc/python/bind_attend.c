@@ -113,12 +113,12 @@ end:
 
 enum { MAX_PARTS = 12 }; /* two held objects each; more are joined pairwise by the Python face */
 
-typedef struct parts {
+typedef struct part_list {
     sa_tensor outs[MAX_PARTS], lses[MAX_PARTS];
     const void *out_data[MAX_PARTS];
     const float *lse_data[MAX_PARTS];
     int64_t count, rows, depth;
-} parts;
+} part_list;
 
 static const void *dense_copy(sa_call *call, const sa_tensor *tensor)
 {
@@ -143,7 +143,7 @@ static const void *dense_copy(sa_call *call, const sa_tensor *tensor)
     return memory;
 }
 
-static int check_part(const parts *parts, int64_t i)
+static int check_part(const part_list *parts, int64_t i)
 {
     const sa_tensor *out = &parts->outs[i], *lse = &parts->lses[i], *first = &parts->outs[0];
     if (out->dtype != first->dtype || lse->dtype != SA_F32) {
@@ -168,7 +168,7 @@ static int check_part(const parts *parts, int64_t i)
     return 0;
 }
 
-static int parse_parts(sa_call *call, PyObject *outs, PyObject *lses, parts *parts, sa_like *like)
+static int parse_parts(sa_call *call, PyObject *outs, PyObject *lses, part_list *parts, sa_like *like)
 {
     parts->count = PySequence_Fast_GET_SIZE(outs);
     if (parts->count < 1 || parts->count > MAX_PARTS || PySequence_Fast_GET_SIZE(lses) != parts->count) {
@@ -197,7 +197,7 @@ static PyObject *merge(PyObject *module, PyObject *arguments)
 {
     sa_call call = {.module = sa_module_of(module), .function = "merge"};
     PyObject *outs, *lses, *out = NULL, *lse = NULL, *answer = NULL;
-    parts parts = {0};
+    part_list parts = {0};
     sa_like like;
     void *out_data, *lse_data;
     if (!PyArg_ParseTuple(arguments, "O!O!", &PyList_Type, &outs, &PyList_Type, &lses) ||

@@ -1,0 +1,102 @@
+"""Compiles the extension. Metadata lives in pyproject.toml.
+
+SINKATTN_WERROR=1      warnings are errors
+SINKATTN_SANITIZE=...  for example address,undefined
+SINKATTN_DEBUG=1       -O1 -g, assertions on
+SINKATTN_COVERAGE=1    gcov counters
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+if sys.platform == "win32":
+    sys.exit("sinkattn does not build on Windows: its thread pool needs POSIX threads.")
+
+ROOT = Path(__file__).resolve().parent
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+# Kernel source -> flags; the file is left out where the compiler does not know them.
+ISA_FLAGS = {
+    "attend_avx2.c": AVX2,
+    "attend_avx512.c": AVX512,
+    "attend_avx512bf16.c": [*AVX512, "-mavx512bf16"],
+}
+
+
+def switch(name):
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def common_flags():
+    flags = ["-std=gnu11", "-fvisibility=hidden", "-pthread", "-fno-math-errno",
+             "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow", "-Wconversion"]
+    flags += ["-O1", "-g", "-UNDEBUG"] if switch("SINKATTN_DEBUG") else ["-O3", "-DNDEBUG"]
+    if switch("SINKATTN_WERROR"):
+        flags.append("-Werror")
+    return flags + instrument_flags()
+
+
+def instrument_flags():
+    flags = []
+    if sanitize := os.environ.get("SINKATTN_SANITIZE"):
+        flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"]
+    if switch("SINKATTN_COVERAGE"):
+        flags += ["--coverage"]
+    return flags
+
+
+def accepts(compiler, flags):
+    """Does the compiler take the flags, for this machine's architecture?"""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("int probe(void) { return 0; }\n")
+        command = [*compiler, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+class BuildExt(build_ext):
+    """One object file a source, each with its own flags, in parallel, rebuilt when it must be."""
+
+    def build_extension(self, ext):
+        compiler = self.compiler.compiler_so
+        kernels = {name: flags for name, flags in ISA_FLAGS.items()
+                   if Path(ROOT, "csrc/cpu", name).exists() and accepts(compiler, flags)}
+        have = [f"-DSA_HAVE_{name[len('attend_'):-2].upper()}" for name in kernels]
+        sources = [Path(s) for s in ext.sources
+                   if Path(s).name not in ISA_FLAGS or Path(s).name in kernels]
+        includes = [f"-I{d}" for d in [*self.include_dirs]] + ["-isystem", numpy.get_include()]
+        flags = [*common_flags(), *have, *includes]
+        newest = max(p.stat().st_mtime for p in [*ROOT.glob("csrc/**/*.h"), ROOT / "setup.py"])
+
+        def compile_one(source):
+            target = Path(self.build_temp, source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = [*compiler, *flags, *kernels.get(source.name, []), "-c", str(source),
+                       "-o", str(target)]
+            stamp = target.with_suffix(".command")
+            current = (target.exists() and stamp.exists() and stamp.read_text() == str(command)
+                       and target.stat().st_mtime > max(newest, source.stat().st_mtime))
+            if not current:
+                subprocess.run(command, check=True)
+                stamp.write_text(str(command))
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, str(target), libraries=["m"],
+                                         extra_postargs=["-pthread", *instrument_flags()])
+
+
+sources = sorted(str(p.relative_to(ROOT)) for folder in ("core", "cpu", "python")
+                 for p in ROOT.glob(f"csrc/{folder}/*.c"))
+setup(ext_modules=[Extension("sinkattn._core", sources)], cmdclass={"build_ext": BuildExt})

@@ -1,0 +1,25 @@
+"""Sink-aware attention and streaming KV caches.
+
+attend      attention with pinned tokens, a window, and every kind of sink
+SinkCache   a stream in bounded memory: pinned tokens and a ring of recent ones
+Rope        rotary positions for a cache
+merge       joins attention over disjoint keys
+
+docs/semantics.md defines what is computed; `sinkattn.reference` states it in NumPy.
+"""
+
+from sinkattn.cache import SinkCache
+from sinkattn.config import __version__, get_num_threads, set_num_threads, show_config
+from sinkattn.functional import attend, merge
+from sinkattn.rope import Rope
+
+__all__ = [
+    "Rope",
+    "SinkCache",
+    "__version__",
+    "attend",
+    "get_num_threads",
+    "merge",
+    "set_num_threads",
+    "show_config",
+]

@@ -1,0 +1,83 @@
+"""attend and merge: the public face of the kernels."""
+
+from sinkattn import _core
+
+_MERGE_PARTS = 12  # what the core joins at once
+
+
+def attend(q, k, v, *, causal=True, window=None, sinks=0, sink_logits=None, sink_bias=None,
+           sink_q=None, sink_kv=None, scale=None, softcap=None, alibi_slopes=None, starts=None,
+           lengths=None, q_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None, out=None,
+           return_lse=False, return_mass=False, mass_reduce="sum", mass_queries=None):
+    """Attention over pinned sink tokens and a recent window.
+
+    q : [batch, heads_q, query_length, depth], float32, float16 or bfloat16. NumPy (bfloat16 of
+        ml_dtypes), torch CPU tensors, or anything with ``__dlpack__``. Any strides, but the last
+        axis is contiguous; so for k, v, sink_q, sink_kv and out.
+    k, v : [batch, heads_kv, kv_length, depth] and [batch, heads_kv, kv_length, depth_v], dtype of
+        q. heads_q is a multiple of heads_kv; both depths are 1 to 256. Query i stands at key
+        ``i + kv_length - query_length``: the last query at the last key.
+    causal : bool. A query sees no key behind its own position.
+    window : int, int array [heads_q] (0: none) or None. Keys visible to the left of a query,
+        itself included; to both sides if not causal.
+    sinks : int. The first `sinks` keys stay visible outside the window ("pinned tokens").
+    sink_logits : float, [heads_q] or [heads_q, n]. Logits that enter the denominator only; natural
+        log units, neither scaled nor capped. -inf: none. 0: softmax-off-by-one.
+    sink_bias : [heads_q, sinks]. Added to the scores of the pinned keys, after scale and softcap.
+    sink_q : like q. Used in place of q against the pinned keys (StreamingLLM positions).
+    sink_kv : (k_s [heads_kv, n, depth], v_s [heads_kv, n, depth_v]). Learned rows that every query
+        sees, outside causality and window.
+    scale : float, default ``depth ** -0.5``. softcap : float > 0, ``s = c * tanh(s / c)``.
+    alibi_slopes : [heads_q] or [batch, heads_q]. ``s -= slope * distance``.
+    starts, lengths, q_lengths : int [batch]. Row b has the keys ``starts_b`` up to
+        ``starts_b + lengths_b`` and the first ``q_lengths_b`` queries; the other queries get out 0
+        and lse -inf.
+    cu_seqlens_q, cu_seqlens_k : int [n + 1]. Packed sequences, end to end on the length axes.
+    out : array to write into, of the shape and dtype of the result.
+    mass_reduce : "sum" or "max" over the queries. mass_queries : count only the last so many.
+
+    Returns out [batch, heads_q, query_length, depth_v], of the type and dtype of q; with
+    return_lse also lse [batch, heads_q, query_length] float32, natural log, the sink logits
+    included; with return_mass also mass [batch, heads_kv, kv_length] float32, the softmax weight
+    that each key received, mean over the heads of its group.
+
+    Raises TypeError and ValueError with the argument's name, NotImplementedError for arrays that
+    are not in CPU memory and for tensors that require grad (there are no gradients yet; under
+    ``torch.no_grad()`` they pass).
+
+    Method: pinned tokens and window from Xiao et al., "Efficient Streaming Language Models with
+    Attention Sinks" (arXiv 2309.17453); sink logits as in the gpt-oss model card; one pass with
+    online softmax.
+
+    >>> import numpy as np
+    >>> q = k = v = np.ones((1, 2, 8, 16), np.float32)
+    >>> attend(q, k, v, window=4, sinks=1).shape
+    (1, 2, 8, 16)
+    """
+    return _core.attend(q, k, v, causal, window, sinks, sink_logits, sink_bias, sink_q, sink_kv,
+                        scale, softcap, alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q,
+                        cu_seqlens_k, out, return_lse, return_mass, mass_reduce, mass_queries)
+
+
+def merge(outs, lses):
+    """Joins attention over disjoint sets of keys (split keys, cascades, context parallel).
+
+    outs : sequence of arrays [..., depth_v], of one shape and dtype.
+    lses : sequence of arrays [...] float32, natural log, as `attend` returns them. Sink logits
+        belong to exactly one of the parts. A part with lse -inf contributes nothing.
+
+    Returns (out, lse) as if all keys had been in one call, of the kind of outs[0].
+
+    >>> import numpy as np
+    >>> q, k, v = np.ones((3, 1, 1, 8, 4), np.float32)
+    >>> parts = [attend(q, k[:, :, i:i + 4], v[:, :, i:i + 4], causal=False, return_lse=True)
+    ...          for i in (0, 4)]
+    >>> out, lse = merge(*zip(*parts))
+    >>> bool(np.allclose(out, attend(q, k, v, causal=False)))
+    True
+    """
+    outs, lses = list(outs), list(lses)
+    while len(outs) > _MERGE_PARTS:
+        out, lse = _core.merge(outs[:_MERGE_PARTS], lses[:_MERGE_PARTS])
+        outs, lses = [out, *outs[_MERGE_PARTS:]], [lse, *lses[_MERGE_PARTS:]]
+    return _core.merge(outs, lses)
