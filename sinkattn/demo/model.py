@@ -1,8 +1,8 @@
 """The demo's language model in NumPy: bytes in, logits out, attention pluggable.
 
 A pre-norm transformer over bytes, no biases. The forward pass hands every layer's unrotated q, k
-and v to an attention that the caller chooses (`methods.py`), so that dense attention, re-computation
-and the streaming caches each run by their own path.
+and v to an attention that the caller chooses (`methods.py`), so that dense attention,
+re-computation and the streaming caches each run by their own path.
 """
 
 import dataclasses

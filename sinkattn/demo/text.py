@@ -52,6 +52,7 @@ def shares_run(document, forbidden):
     for first in range(0, max(document.size - RUN + 1, 0), block):
         found = hash_runs(document[first : first + block + RUN - 1])
         found = found[table[found >> np.uint64(64 - _FILTER_BITS)]]
-        if found.size and np.isin(found, hashes).any():
+        nearest = np.searchsorted(hashes, found).clip(max=hashes.size - 1)
+        if np.any(hashes[nearest] == found):
             return True
     return False

@@ -37,8 +37,9 @@ from .model import BOS, Config, parameter_names, save_weights
 from .text import RUN, held_out_text, run_hashes, shares_run
 
 PERMISSIVE = re.compile(
-    r"\b(mit|bsd|0bsd|apache|psf|isc|python software foundation|python-2\.0)\b", re.I
+    r"\b(mit|bsd|0bsd|apache|psf|iscl?|python software foundation|python-2\.0|cnri-python)\b", re.I
 )
+BESIDE_THEM = re.compile(r"\b(bsl-1\.0|zlib|cc0-1\.0)\b", re.I)
 NOT_PERMISSIVE = re.compile(
     r"gpl|mozilla|\bmpl|eclipse|\bcc-?by|creative commons|proprietary|non-?commercial|nvidia|eula",
     re.I,
@@ -87,15 +88,15 @@ def read_licence(distribution):
 
 
 def is_permissive(licence):
-    """Whether every part of a licence statement is of a permissive family we know.
+    """Whether a licence statement names an MIT, BSD, Apache, PSF or ISC licence and nothing but
+    these; Boost, zlib and CC0 may stand beside them (bundled parts).
 
     >>> is_permissive("BSD-3-Clause AND MIT"), is_permissive("MIT AND LGPL-3.0"), is_permissive("")
     (True, False, False)
     """
     parts = [part for part in re.split(r"\bAND\b|\bOR\b|[(),;]", licence) if part.strip()]
-    return bool(parts) and all(
-        PERMISSIVE.search(part) and not NOT_PERMISSIVE.search(part) for part in parts
-    )
+    known = all(PERMISSIVE.search(part) or BESIDE_THEM.search(part) for part in parts)
+    return known and bool(PERMISSIVE.search(licence)) and not NOT_PERMISSIVE.search(licence)
 
 
 def find_packages():
@@ -219,7 +220,7 @@ def gather(processes):
 
 
 def make_copy_lines(count, generator):
-    """`count` lines such as "\\nserver_KEY = 'random letters'\\n" as (bytes [count, 96], lengths)."""
+    """`count` lines such as `SERVER_KEY = 'random letters'`, as (bytes [count, 96], lengths)."""
     alphabets = ["abcdefghijklmnopqrstuvwxyz"] * 3 + [
         "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
         "0123456789abcdef",
@@ -312,7 +313,7 @@ def build_network(config):
             )
 
         def first_token_mass(self, tokens, first_query):
-            """Share of attention on token 0, mean over queries from `first_query`: one per layer."""
+            """Share of attention on token 0, a mean over queries from `first_query`: per layer."""
             x, shares = self.embedding[tokens], []
             causal = torch.ones(tokens.shape[1], tokens.shape[1], device=x.device).tril().bool()
             for block in self.blocks:
@@ -387,8 +388,8 @@ def train(corpus, arguments, log):
 
     network_fast = torch.compile(network) if device == "cuda" else network
     held_out = torch.from_numpy(np.frombuffer(held_out_text()[0], dtype=np.uint8).copy())
-    crops = torch.linspace(0, held_out.numel() - context, 128).long()[:, None] + torch.arange(context)
-    crops = held_out[crops].long().to(device)
+    crops = torch.linspace(0, held_out.numel() - context, 128).long()
+    crops = held_out[crops[:, None] + torch.arange(context)].long().to(device)
     opened = torch.cat((torch.full((128, 1), BOS, device=device), crops[:, :-1]), dim=1)
     held_rows = min(128, rows)
 

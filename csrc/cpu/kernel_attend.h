@@ -1,0 +1,412 @@
+/* Attention forward, one algorithm for every instruction set.
+ *
+ *   out = sum_j 2^(x_j - m) v_j / (sum_j 2^(x_j - m) + 2^(sigma - m)),   x_j = score of key j in log2 units, online in blocks of 64 keys
+ *
+ * A task is a span of queries of one kv head with its whole group of query heads, against the blocks that some query of it sees, so
+ * time grows with what is visible. Each block of K and V is packed once for the span (many rows) or read in place (few rows: decode).
+ * Few rows against many keys are split into pieces of 512 keys, merged in order by whoever finishes last.
+ *
+ * Nothing in a row's arithmetic depends on the span, the chunk or the thread that it was computed in: blocks lie on a grid fixed to the
+ * run, sums run in key order, and a column that a row does not see adds an exact zero. So results do not depend on threads or on batch
+ * companions, bit for bit.
+ *
+ *   flops = 2 * (depth + depth_v) * visible pairs      bytes (decode) = kv_length * (depth + depth_v) * heads_kv * item size
+ */
+#ifndef SA_KERNEL_ATTEND_H
+#define SA_KERNEL_ATTEND_H
+
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "kernel_span.h"
+#include "table.h"
+
+enum {
+    SPAN_ROWS = 384,   /* Q and O of a span stay in L2 */
+    SPLIT_ROWS = 64,   /* at most so many rows are worth splitting the keys for */
+    SPLIT_BLOCKS = 8,
+};
+
+/* Partial results of the pieces of one (row, kv head). */
+typedef struct row_plan {
+    int64_t first_task; /* tasks of a row: [kv head][span or piece] */
+    int64_t span_count, span_queries;
+    int64_t pieces;      /* 1: not split */
+    float *partial;      /* [heads_kv, pieces, rows, acc_stride + 2] */
+    atomic_int *missing; /* [heads_kv] pieces not finished */
+} row_plan;
+
+typedef struct attend_job {
+    const sa_problem *problem;
+    row_plan *rows;
+    float *partials;
+    atomic_int *missing;
+    int64_t tasks;
+    int64_t acc_stride, query_stride, scratch_rows;
+} attend_job;
+
+/* --- one block ------------------------------------------------------------------------------------------------------------------- */
+
+static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_range need)
+{
+    const sa_problem *p = s->problem;
+    const int64_t key = s->kv_head * run->key_head_stride + begin * run->key_stride;
+    const int64_t value = s->kv_head * run->value_head_stride + begin * run->value_stride;
+    const int64_t words = words_of(s->pairs, p->depth), value_words = words_of(s->pairs, BLOCK_KEYS);
+    const float *query = query_for(s, run);
+    pack_keys(p->dtype, s->pairs, sa_at(run->key, p->dtype, key), run->key_stride, p->depth, need.low, need.high, s->keys);
+    pack_values(p->dtype, s->pairs, sa_at(run->value, p->dtype, value), run->value_stride, p->depth_v, need.low, need.high, s->values);
+
+    for (int64_t r0 = 0; r0 < s->rows; r0 += CHUNK_ROWS) {
+        const int64_t rows = min_i64(CHUNK_ROWS, s->rows - r0);
+        sa_range seen[CHUNK_ROWS], all = {BLOCK_KEYS, 0};
+        for (int64_t r = 0; r < rows; r++) {
+            seen[r] = row_columns(s, run, r0 + r, begin);
+            if (seen[r].low < seen[r].high) {
+                all = (sa_range){min_i64(all.low, seen[r].low), max_i64(all.high, seen[r].high)};
+            }
+        }
+        if (all.low >= all.high) {
+            continue;
+        }
+        const int64_t panel = all.low / TILE_COLUMNS, low = all.low / LANES * LANES, high = round_up(all.high, LANES);
+        multiply(s->pairs, query + r0 * s->query_stride, s->query_stride, s->keys + panel * words * TILE_COLUMNS, words * TILE_COLUMNS,
+                 words, s->scores + panel * TILE_COLUMNS, SCORE_STRIDE, rows, high - panel * TILE_COLUMNS, false);
+        for (int64_t r = 0; r < rows; r++) {
+            uint16_t *halves = s->pairs ? (uint16_t *)(void *)s->weights + r * SCORE_STRIDE : NULL;
+            softmax_row(s, run, r0 + r, begin, seen[r], low, high, s->scores + r * SCORE_STRIDE, halves);
+        }
+        const int64_t first = s->pairs ? all.low / 2 : all.low, last = s->pairs ? (all.high + 1) / 2 : all.high;
+        const float *weights = s->pairs ? s->weights : s->scores;
+        multiply(s->pairs, weights + first, s->pairs ? SCORE_STRIDE / 2 : SCORE_STRIDE, s->values + first * TILE_COLUMNS,
+                 value_words * TILE_COLUMNS, last - first, s->acc + r0 * s->acc_stride, s->acc_stride, rows, p->depth_v, true);
+    }
+}
+
+static void block_direct(const span *s, const sa_run *run, int64_t begin, sa_range need)
+{
+    const sa_problem *p = s->problem;
+    const int64_t key = s->kv_head * run->key_head_stride + begin * run->key_stride;
+    const int64_t value = s->kv_head * run->value_head_stride + begin * run->value_stride;
+    const direct_keys keys = {sa_at(run->key, p->dtype, key), run->key_stride, need.low, need.high};
+    const direct_keys values = {sa_at(run->value, p->dtype, value), run->value_stride, need.low, need.high};
+    const int64_t low = need.low / LANES * LANES, high = round_up(need.high, LANES);
+    score_direct(p->dtype, s->pairs, query_for(s, run), s->query_stride, s->rows, &keys, p->depth, s->scores);
+    for (int64_t r = 0; r < s->rows; r++) {
+        softmax_row(s, run, r, begin, row_columns(s, run, r, begin), low, high, s->scores + r * SCORE_STRIDE, NULL);
+    }
+    add_values_direct(p->dtype, s->scores, s->rows, &values, p->depth_v, s->acc, s->acc_stride);
+}
+
+/* Blocks first .. last - 1 of the span's visible ones, counted over all runs. */
+static void span_blocks(const span *s, int64_t first, int64_t last, const sa_worker *worker)
+{
+    int64_t index = 0;
+    for (int i = 0; i < s->row->run_count; i++) {
+        const sa_run *run = &s->row->runs[i];
+        const sa_range seen = span_visible(s, run);
+        for (int64_t begin = seen.low / BLOCK_KEYS * BLOCK_KEYS; begin < seen.high && seen.low < seen.high; begin += BLOCK_KEYS, index++) {
+            if (index < first || index >= last) {
+                continue;
+            }
+            const sa_range need = {max_i64(seen.low - begin, 0), min_i64(seen.high - begin, BLOCK_KEYS)};
+            if (sa_worker_stopped(worker)) {
+                return;
+            }
+            if (s->direct) {
+                block_direct(s, run, begin, need);
+            } else {
+                block_packed(s, run, begin, need);
+            }
+        }
+    }
+}
+
+static int64_t count_blocks(const span *s)
+{
+    int64_t count = 0;
+    for (int i = 0; i < s->row->run_count; i++) {
+        const sa_range seen = span_visible(s, &s->row->runs[i]);
+        count += seen.low < seen.high ? ceil_div(seen.high, BLOCK_KEYS) - seen.low / BLOCK_KEYS : 0;
+    }
+    return count;
+}
+
+/* --- one span --------------------------------------------------------------------------------------------------------------------- */
+
+static float *carve(float **next, int64_t count)
+{
+    float *part = *next;
+    *next += round_up(count, 16);
+    return part;
+}
+
+static bool use_pairs(const sa_problem *p, bool direct)
+{
+    return HAS_BF16_DOT && p->dtype == SA_BF16 && (!direct || p->depth % (2 * LANES) == 0);
+}
+
+static bool use_direct(const sa_problem *p, int64_t rows)
+{
+    return rows <= DIRECT_ROWS && p->depth % LANES == 0 && p->depth_v % LANES == 0;
+}
+
+static span make_span(const attend_job *job, const sa_row *row, int64_t kv_head, int64_t first, int64_t count, bool direct, float *scratch)
+{
+    const sa_problem *p = job->problem;
+    span s = {.problem = p, .row = row, .kv_head = kv_head, .first = first, .count = count, .direct = direct};
+    s.group = p->heads_q / p->heads_kv;
+    s.rows = s.group * count;
+    s.pairs = use_pairs(p, direct);
+    s.query_stride = job->query_stride;
+    s.acc_stride = job->acc_stride;
+    if (scratch != NULL) {
+        s.query = carve(&scratch, job->scratch_rows * s.query_stride);
+        s.pinned_query = carve(&scratch, job->scratch_rows * s.query_stride);
+        s.acc = carve(&scratch, job->scratch_rows * s.acc_stride);
+        s.maximum = carve(&scratch, job->scratch_rows);
+        s.sum = carve(&scratch, job->scratch_rows);
+        s.keys = carve(&scratch, BLOCK_KEYS * round_up(p->depth, LANES));
+        s.values = carve(&scratch, BLOCK_KEYS * s.acc_stride);
+        s.scores = carve(&scratch, CHUNK_ROWS * SCORE_STRIDE);
+        s.weights = carve(&scratch, CHUNK_ROWS * SCORE_STRIDE / 2);
+    }
+    return s;
+}
+
+static int64_t span_scratch(const attend_job *job)
+{
+    const int64_t floats = job->scratch_rows * (2 * job->query_stride + job->acc_stride + 2) +
+                           BLOCK_KEYS * (round_up(job->problem->depth, LANES) + job->acc_stride) + CHUNK_ROWS * SCORE_STRIDE * 2 + 256;
+    return floats * (int64_t)sizeof(float);
+}
+
+static void clear_span(const span *s)
+{
+    for (int64_t r = 0; r < round_up(s->rows, TILE_ROWS); r++) {
+        s->maximum[r] = -INFINITY;
+        s->sum[r] = 0.0f;
+    }
+    memset(s->acc, 0, (size_t)(round_up(s->rows, TILE_ROWS) * s->acc_stride) * sizeof(float));
+}
+
+static void write_span(const span *s)
+{
+    const sa_problem *p = s->problem;
+    for (int64_t r = 0; r < s->rows; r++) {
+        const int64_t head = head_of(s, r), query = s->first + r % s->count;
+        const sa_softmax_end end = sa_softmax_close(s->maximum[r], s->sum[r], p->sinks[head]);
+        float *acc = s->acc + r * s->acc_stride;
+        if (end.factor == 0.0f) { /* what was seen does not count: not even its NaN */
+            memset(acc, 0, (size_t)s->acc_stride * sizeof *acc);
+        }
+        store_row(p->dtype, s->row->output, head * p->output_head_stride + query * p->output_stride, acc, end.factor, p->depth_v);
+        if (s->row->lse != NULL) {
+            s->row->lse[head * p->lse_head_stride + query] = end.lse;
+        }
+    }
+}
+
+/* Queries behind the real ones: output 0, lse -inf. Once for a kv head. */
+static void write_padding(const sa_problem *p, const sa_row *row, int64_t kv_head)
+{
+    const int64_t group = p->heads_q / p->heads_kv, size = sa_dtype_size(p->dtype);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        for (int64_t query = row->query_count; query < row->query_total; query++) {
+            const int64_t offset = head * p->output_head_stride + query * p->output_stride;
+            memset((char *)row->output + offset * size, 0, (size_t)(p->depth_v * size));
+            if (row->lse != NULL) {
+                row->lse[head * p->lse_head_stride + query] = -INFINITY;
+            }
+        }
+    }
+}
+
+/* --- split keys ------------------------------------------------------------------------------------------------------------------- */
+
+static float *piece_at(const row_plan *plan, const span *s, int64_t piece)
+{
+    return plan->partial + (s->kv_head * plan->pieces + piece) * s->rows * (s->acc_stride + 2);
+}
+
+static void save_piece(const row_plan *plan, const span *s, int64_t piece)
+{
+    float *partial = piece_at(plan, s, piece);
+    memcpy(partial, s->acc, (size_t)(s->rows * s->acc_stride) * sizeof *partial);
+    memcpy(partial + s->rows * s->acc_stride, s->maximum, (size_t)s->rows * sizeof *partial);
+    memcpy(partial + s->rows * (s->acc_stride + 1), s->sum, (size_t)s->rows * sizeof *partial);
+}
+
+/* Joins the pieces in order into the span's state. */
+static void join_pieces(const row_plan *plan, const span *s)
+{
+    clear_span(s);
+    for (int64_t piece = 0; piece < plan->pieces; piece++) {
+        const float *partial = piece_at(plan, s, piece);
+        const float *maximum = partial + s->rows * s->acc_stride, *sum = maximum + s->rows;
+        for (int64_t r = 0; r < s->rows; r++) {
+            if (maximum[r] > s->maximum[r]) {
+                raise_maximum(s, r, maximum[r]);
+            }
+            const float factor = sa_softmax_factor(maximum[r], s->maximum[r]);
+            float *acc = s->acc + r * s->acc_stride;
+            for (int64_t i = 0; i < s->acc_stride && maximum[r] != -INFINITY; i += LANES) {
+                vec_store(acc + i, vec_fma(vec_load(partial + r * s->acc_stride + i), vec_set1(factor), vec_load(acc + i)));
+            }
+            s->sum[r] += sum[r] * factor;
+        }
+    }
+}
+
+/* --- tasks ------------------------------------------------------------------------------------------------------------------------ */
+
+static int64_t row_of_task(const attend_job *job, int64_t task)
+{
+    int64_t low = 0, high = job->problem->row_count - 1;
+    while (low < high) {
+        const int64_t middle = (low + high + 1) / 2;
+        if (job->rows[middle].first_task <= task) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    return low;
+}
+
+static void attend_task(void *context, int64_t task, sa_worker *worker)
+{
+    const attend_job *job = context;
+    const int64_t index = row_of_task(job, task);
+    const row_plan *plan = &job->rows[index];
+    const sa_row *row = &job->problem->rows[index];
+    const int64_t each = plan->pieces > 1 ? plan->pieces : plan->span_count;
+    const int64_t kv_head = (task - plan->first_task) / each, part = (task - plan->first_task) % each;
+    if (part == 0) {
+        write_padding(job->problem, row, kv_head);
+    }
+    if (row->query_count == 0) {
+        return;
+    }
+    /* The last queries see most: they begin first. */
+    const int64_t number = plan->pieces > 1 ? 0 : plan->span_count - 1 - part;
+    const int64_t first = number * plan->span_queries, count = min_i64(plan->span_queries, row->query_count - first);
+    const span s = make_span(job, row, kv_head, first, count, use_direct(job->problem, count * (job->problem->heads_q / job->problem->heads_kv)),
+                             worker->scratch);
+    load_span_queries(&s);
+    clear_span(&s);
+    if (plan->pieces == 1) {
+        span_blocks(&s, 0, INT64_MAX, worker);
+        write_span(&s);
+        return;
+    }
+    span_blocks(&s, part * SPLIT_BLOCKS, (part + 1) * SPLIT_BLOCKS, worker);
+    save_piece(plan, &s, part);
+    if (atomic_fetch_sub(&plan->missing[kv_head], 1) == 1) {
+        join_pieces(plan, &s);
+        write_span(&s);
+    }
+}
+
+/* How many pieces a row's keys are cut into: by its own shape alone. */
+static int64_t pieces_of(const attend_job *job, const sa_row *row)
+{
+    const int64_t rows = row->query_count * (job->problem->heads_q / job->problem->heads_kv);
+    if (row->query_count == 0 || rows > SPLIT_ROWS) {
+        return 1;
+    }
+    int64_t most = 1;
+    for (int64_t kv_head = 0; kv_head < job->problem->heads_kv; kv_head++) {
+        const span s = make_span(job, row, kv_head, 0, row->query_count, false, NULL);
+        most = max_i64(most, ceil_div(count_blocks(&s), SPLIT_BLOCKS));
+    }
+    return most;
+}
+
+static double flops_of(const attend_job *job)
+{
+    const sa_problem *p = job->problem;
+    double flops = 0.0;
+    for (int64_t i = 0; i < p->row_count; i++) {
+        double keys = 0.0;
+        for (int r = 0; r < p->rows[i].run_count; r++) {
+            keys += (double)p->rows[i].runs[r].count;
+        }
+        flops += 2.0 * (double)((p->depth + p->depth_v) * p->heads_q * p->rows[i].query_count) * keys;
+    }
+    return flops;
+}
+
+/* Spans as long as the scratch allows, shorter where that leaves threads idle: results do not depend on it. */
+static int64_t choose_span_queries(const sa_problem *p)
+{
+    const int64_t group = p->heads_q / p->heads_kv;
+    int64_t queries = max_i64(SPAN_ROWS / group, 1), total = 0;
+    for (int64_t i = 0; i < p->row_count; i++) {
+        total += p->rows[i].query_count;
+    }
+    while (queries * group > 2 * CHUNK_ROWS && queries > 1 && total * p->heads_kv / queries < 4 * sa_get_threads()) {
+        queries = (queries + 1) / 2;
+    }
+    return queries >= TILE_ROWS ? queries / TILE_ROWS * TILE_ROWS : queries;
+}
+
+static sa_status plan_job(const sa_problem *p, attend_job *job)
+{
+    const int64_t group = p->heads_q / p->heads_kv, queries = choose_span_queries(p);
+    int64_t partial = 0, longest = 1;
+    *job = (attend_job){.problem = p};
+    job->acc_stride = round_up(p->depth_v, TILE_COLUMNS);
+    job->query_stride = round_up(p->depth, LANES);
+    job->rows = calloc((size_t)max_i64(p->row_count, 1), sizeof *job->rows);
+    if (job->rows == NULL) {
+        return sa_no_memory("the plan of a kernel", p->row_count * (int64_t)sizeof *job->rows);
+    }
+    for (int64_t i = 0; i < p->row_count; i++) {
+        row_plan *plan = &job->rows[i];
+        const int64_t count = p->rows[i].query_count, rows = count * group;
+        plan->pieces = pieces_of(job, &p->rows[i]);
+        plan->span_queries = rows <= SPLIT_ROWS ? max_i64(count, 1) : queries;
+        plan->span_count = max_i64(ceil_div(count, plan->span_queries), 1);
+        plan->first_task = job->tasks;
+        job->tasks += p->heads_kv * (plan->pieces > 1 ? plan->pieces : plan->span_count);
+        partial += plan->pieces > 1 ? p->heads_kv * plan->pieces * rows * (job->acc_stride + 2) : 0;
+        longest = max_i64(longest, min_i64(plan->span_queries, count));
+        sa_path_count_row(use_direct(p, min_i64(plan->span_queries, count) * group) ? SA_PATH_DIRECT : SA_PATH_PACKED);
+    }
+    job->scratch_rows = round_up(longest * group, TILE_ROWS);
+    if (partial == 0) {
+        return SA_OK;
+    }
+    job->partials = malloc((size_t)partial * sizeof(float));
+    job->missing = malloc((size_t)(p->row_count * p->heads_kv) * sizeof *job->missing);
+    if (job->partials == NULL || job->missing == NULL) {
+        return sa_no_memory("partial results", partial * (int64_t)sizeof(float));
+    }
+    float *next = job->partials;
+    for (int64_t i = 0; i < p->row_count; i++) {
+        row_plan *plan = &job->rows[i];
+        plan->partial = next;
+        plan->missing = job->missing + i * p->heads_kv;
+        for (int64_t kv_head = 0; kv_head < p->heads_kv; kv_head++) {
+            atomic_init(&plan->missing[kv_head], (int)plan->pieces);
+        }
+        next += plan->pieces > 1 ? p->heads_kv * plan->pieces * p->rows[i].query_count * group * (job->acc_stride + 2) : 0;
+    }
+    return SA_OK;
+}
+
+static sa_status attend_forward(const sa_problem *problem, sa_poll poll)
+{
+    attend_job job;
+    sa_status status = plan_job(problem, &job);
+    if (status == SA_OK) {
+        status = sa_pool_run(job.tasks, flops_of(&job), span_scratch(&job), attend_task, &job, poll);
+    }
+    free(job.rows);
+    free(job.partials);
+    free(job.missing);
+    return status;
+}
+
+#endif

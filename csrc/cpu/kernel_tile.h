@@ -1,0 +1,373 @@
+/* Register tiles, packing, and the direct forms that read keys and values where they lie. Words: fp32 numbers, or pairs of bf16. */
+#ifndef SA_KERNEL_TILE_H
+#define SA_KERNEL_TILE_H
+
+#include "../core/half.h"
+#include "../core/problem.h"
+
+enum {
+    TILE_COLUMNS = TILE_VECS * LANES,
+    BLOCK_KEYS = 64,                      /* keys of one block; blocks lie on a grid that starts at the run */
+    SCORE_STRIDE = BLOCK_KEYS + LANES,    /* direct scores write up to three columns too many */
+};
+
+/* c[rows, vecs * LANES] (+)= a[rows, words] * panel[words, TILE_COLUMNS]. One word of a against one row of the panel at a time, in order,
+ * so that an element's sum does not depend on the tile it was computed in. */
+#define DEFINE_MULTIPLY(NAME, ROWS, VECS, STEP)                                                                                    \
+    static void NAME(const float *a, int64_t a_stride, const float *panel, int64_t words, float *c, int64_t c_stride, bool add)    \
+    {                                                                                                                              \
+        vec_f32 sum[ROWS][VECS];                                                                                                   \
+        _Pragma("GCC unroll 16") for (int r = 0; r < (ROWS); r++)                                                                  \
+        {                                                                                                                          \
+            _Pragma("GCC unroll 4") for (int v = 0; v < (VECS); v++) sum[r][v] =                                                   \
+                add ? vec_load(c + r * c_stride + v * LANES) : vec_zero();                                                         \
+        }                                                                                                                          \
+        for (int64_t i = 0; i < words; i++) {                                                                                      \
+            vec_f32 column[VECS];                                                                                                  \
+            _Pragma("GCC unroll 4") for (int v = 0; v < (VECS); v++) column[v] = vec_load(panel + i * TILE_COLUMNS + v * LANES);   \
+            _Pragma("GCC unroll 16") for (int r = 0; r < (ROWS); r++)                                                              \
+            {                                                                                                                      \
+                const vec_f32 word = vec_set1(a[r * a_stride + i]);                                                                \
+                _Pragma("GCC unroll 4") for (int v = 0; v < (VECS); v++) sum[r][v] = STEP(word, column[v], sum[r][v]);             \
+            }                                                                                                                      \
+        }                                                                                                                          \
+        _Pragma("GCC unroll 16") for (int r = 0; r < (ROWS); r++)                                                                  \
+        {                                                                                                                          \
+            _Pragma("GCC unroll 4") for (int v = 0; v < (VECS); v++) vec_store(c + r * c_stride + v * LANES, sum[r][v]);           \
+        }                                                                                                                          \
+    }
+
+typedef void (*multiply_function)(const float *a, int64_t a_stride, const float *panel, int64_t words, float *c, int64_t c_stride, bool add);
+
+enum { THIRD_ROWS = TILE_ROWS / 3 };
+
+#define DEFINE_MULTIPLIES(KIND, STEP)                                            \
+    DEFINE_MULTIPLY(multiply_##KIND##_full_2, TILE_ROWS, 2, STEP)                \
+    DEFINE_MULTIPLY(multiply_##KIND##_full_1, TILE_ROWS, 1, STEP)                \
+    DEFINE_MULTIPLY(multiply_##KIND##_most_2, 2 * THIRD_ROWS, 2, STEP)           \
+    DEFINE_MULTIPLY(multiply_##KIND##_most_1, 2 * THIRD_ROWS, 1, STEP)           \
+    DEFINE_MULTIPLY(multiply_##KIND##_few_2, THIRD_ROWS, 2, STEP)                \
+    DEFINE_MULTIPLY(multiply_##KIND##_few_1, THIRD_ROWS, 1, STEP)                \
+    static const multiply_function multiplies_##KIND[3][2] = {                   \
+        {multiply_##KIND##_few_1, multiply_##KIND##_few_2},                      \
+        {multiply_##KIND##_most_1, multiply_##KIND##_most_2},                    \
+        {multiply_##KIND##_full_1, multiply_##KIND##_full_2},                    \
+    };
+
+DEFINE_MULTIPLIES(f32, vec_fma)
+#ifdef VEC_BF16_DOT
+DEFINE_MULTIPLIES(bf16, vec_dot_bf16)
+enum { HAS_BF16_DOT = 1 };
+#else
+static const multiply_function (*const multiplies_bf16)[2] = multiplies_f32; /* never called */
+enum { HAS_BF16_DOT = 0 };
+#endif
+
+/* rows x columns of c from packed panels; `rows` and `columns` may be any number, memory is padded to full tiles. */
+static void multiply(bool pairs, const float *a, int64_t a_stride, const float *panels, int64_t panel_stride, int64_t words, float *c,
+                     int64_t c_stride, int64_t rows, int64_t columns, bool add)
+{
+    const multiply_function(*functions)[2] = pairs ? multiplies_bf16 : multiplies_f32;
+    for (int64_t column = 0; column < columns; column += TILE_COLUMNS) {
+        const int wide = columns - column > LANES;
+        const float *panel = panels + column / TILE_COLUMNS * panel_stride;
+        for (int64_t r = 0; r < rows;) {
+            const int64_t thirds = min_i64(ceil_div(rows - r, THIRD_ROWS), 3);
+            functions[thirds - 1][wide](a + r * a_stride, a_stride, panel, words, c + r * c_stride + column, c_stride, add);
+            r += thirds * THIRD_ROWS;
+        }
+    }
+}
+
+/* --- loading ---------------------------------------------------------------------------------------------------------------------- */
+
+VEC_INLINE vec_f32 load_lanes(sa_dtype dtype, const void *data, int64_t offset)
+{
+    switch (dtype) {
+    case SA_F32: return vec_load((const float *)data + offset);
+    case SA_F16: return vec_load_f16((const uint16_t *)data + offset);
+    default: return vec_load_bf16((const uint16_t *)data + offset);
+    }
+}
+
+/* LANES elements as fp32, the ones from `count` on zero and not read. */
+VEC_INLINE vec_f32 load_part(sa_dtype dtype, const void *data, int64_t offset, int64_t count)
+{
+    if (count >= LANES) {
+        return load_lanes(dtype, data, offset);
+    }
+    uint32_t copy[LANES] = {0};
+    const int64_t size = dtype == SA_F32 ? 4 : 2;
+    if (count > 0) {
+        memcpy(copy, (const char *)data + offset * size, (size_t)(count * size));
+    }
+    return load_lanes(dtype, copy, 0);
+}
+
+/* LANES pairs of bf16 as words. */
+VEC_INLINE vec_f32 load_pairs(const uint16_t *data, int64_t offset, int64_t count)
+{
+    float copy[LANES] = {0};
+    if (count >= 2 * LANES) {
+        memcpy(copy, data + offset, sizeof copy);
+    } else if (count > 0) {
+        memcpy(copy, data + offset, (size_t)count * sizeof *data);
+    }
+    return vec_load(copy);
+}
+
+static void store_row(sa_dtype dtype, void *data, int64_t offset, const float *values, float factor, int64_t count)
+{
+    const vec_f32 times = vec_set1(factor);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec_f32 value = vec_mul(vec_load(values + i), times);
+        uint32_t copy[LANES];
+        const bool whole = count - i >= LANES;
+        void *target = whole ? (char *)data + (offset + i) * (dtype == SA_F32 ? 4 : 2) : (void *)copy;
+        switch (dtype) {
+        case SA_F32: vec_store(target, value); break;
+        case SA_F16: vec_store_f16(target, value); break;
+        default: vec_store_bf16(target, value); break;
+        }
+        if (!whole) {
+            const int64_t size = dtype == SA_F32 ? 4 : 2;
+            memcpy((char *)data + (offset + i) * size, copy, (size_t)((count - i) * size));
+        }
+    }
+}
+
+/* --- packing ---------------------------------------------------------------------------------------------------------------------- */
+
+static int64_t words_of(bool pairs, int64_t depth)
+{
+    return pairs ? (depth + 1) / 2 : depth;
+}
+
+/* Keys low .. high - 1 of a block as panels [columns / TILE_COLUMNS][words][TILE_COLUMNS]; the other columns of touched panels are zero. */
+static void pack_keys(sa_dtype dtype, bool pairs, const void *key, int64_t key_stride, int64_t depth, int64_t low, int64_t high,
+                      float *panels)
+{
+    const int64_t words = words_of(pairs, depth);
+    for (int64_t group = low / LANES; group * LANES < round_up(high, TILE_COLUMNS) && group * LANES < BLOCK_KEYS; group++) {
+        float *panel = panels + group / TILE_VECS * words * TILE_COLUMNS + group % TILE_VECS * LANES;
+        for (int64_t word = 0; word < words; word += LANES) {
+            vec_f32 rows[LANES];
+            for (int64_t i = 0; i < LANES; i++) {
+                const int64_t column = group * LANES + i, offset = column * key_stride;
+                const bool inside = column >= low && column < high;
+                rows[i] = !inside ? vec_zero()
+                          : pairs ? load_pairs(key, offset + 2 * word, depth - 2 * word)
+                                  : load_part(dtype, key, offset + word, depth - word);
+            }
+            vec_transpose(rows);
+            for (int64_t i = 0; i < min_i64(LANES, words - word); i++) {
+                vec_store(panel + (word + i) * TILE_COLUMNS, rows[i]);
+            }
+        }
+    }
+    /* A panel whose first half lies before `low` is touched too. */
+    for (int64_t group = low / LANES / TILE_VECS * TILE_VECS; group < low / LANES; group++) {
+        float *panel = panels + group / TILE_VECS * words * TILE_COLUMNS + group % TILE_VECS * LANES;
+        for (int64_t word = 0; word < words; word++) {
+            vec_store(panel + word * TILE_COLUMNS, vec_zero());
+        }
+    }
+}
+
+/* Values of keys low .. high - 1 as panels [depth_v / TILE_COLUMNS][keys or pairs][TILE_COLUMNS]; a pair's missing half is zero. */
+static void pack_values(sa_dtype dtype, bool pairs, const void *value, int64_t value_stride, int64_t depth, int64_t low, int64_t high,
+                        float *panels)
+{
+    const int64_t rows = words_of(pairs, BLOCK_KEYS);
+    for (int64_t column = 0; column < round_up(depth, TILE_COLUMNS); column += LANES) {
+        float *panel = panels + column / TILE_COLUMNS * rows * TILE_COLUMNS + column % TILE_COLUMNS;
+        const int64_t left = depth - column;
+        for (int64_t key = low; key < high && !pairs; key++) {
+            vec_store(panel + key * TILE_COLUMNS, load_part(dtype, value, key * value_stride + column, left));
+        }
+        for (int64_t pair = low / 2; pair < (high + 1) / 2 && pairs; pair++) {
+            uint16_t halves[2][LANES] = {{0}};
+            for (int64_t i = 0; i < 2; i++) {
+                const int64_t key = 2 * pair + i;
+                if (key >= low && key < high && left > 0) {
+                    memcpy(halves[i], (const uint16_t *)value + key * value_stride + column, (size_t)min_i64(left, LANES) * 2);
+                }
+            }
+#ifdef VEC_BF16_DOT
+            vec_store(panel + pair * TILE_COLUMNS, vec_interleave_halves(halves[0], halves[1]));
+#endif
+        }
+    }
+}
+
+/* --- direct ----------------------------------------------------------------------------------------------------------------------- */
+
+/* scores[rows, 4] = query rows . keys, up to 4 rows and 4 keys; depth is a multiple of the step. */
+VEC_INLINE void dot_tile(sa_dtype dtype, bool pairs, int rows, const float *query, int64_t query_stride, const void *const keys[4],
+                         int64_t depth, float *scores)
+{
+    vec_f32 sum[4][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            sum[r][k] = vec_zero();
+        }
+    }
+    const int64_t words = words_of(pairs, depth);
+    for (int64_t word = 0; word < words; word += LANES) {
+        vec_f32 key[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            key[k] = pairs ? vec_load((const float *)keys[k] + word) : load_lanes(dtype, keys[k], word);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            const vec_f32 q = vec_load(query + r * query_stride + word);
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) {
+#ifdef VEC_BF16_DOT
+                sum[r][k] = pairs ? vec_dot_bf16(q, key[k], sum[r][k]) : vec_fma(q, key[k], sum[r][k]);
+#else
+                sum[r][k] = vec_fma(q, key[k], sum[r][k]);
+#endif
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+        vec_store_four_sums(scores + r * SCORE_STRIDE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    }
+}
+
+typedef struct direct_keys {
+    const void *data; /* first key of the block */
+    int64_t stride;
+    int64_t low, high;
+} direct_keys;
+
+VEC_INLINE void score_rows(sa_dtype dtype, bool pairs, int rows, const float *query, int64_t query_stride, const direct_keys *keys,
+                           int64_t depth, float *scores)
+{
+    for (int64_t key = keys->low; key < keys->high; key += 4) {
+        const void *four[4];
+        for (int64_t i = 0; i < 4; i++) {
+            four[i] = sa_at(keys->data, dtype, min_i64(key + i, keys->high - 1) * keys->stride);
+        }
+        dot_tile(dtype, pairs, rows, query, query_stride, four, depth, scores + key);
+    }
+}
+
+VEC_INLINE void score_direct_as(sa_dtype dtype, bool pairs, const float *query, int64_t query_stride, int64_t rows,
+                                const direct_keys *keys, int64_t depth, float *scores)
+{
+    for (int64_t r = 0; r < rows;) {
+        const float *from = query + r * query_stride;
+        float *to = scores + r * SCORE_STRIDE;
+        if (rows - r >= 4) {
+            score_rows(dtype, pairs, 4, from, query_stride, keys, depth, to);
+            r += 4;
+        } else if (rows - r >= 2) {
+            score_rows(dtype, pairs, 2, from, query_stride, keys, depth, to);
+            r += 2;
+        } else {
+            score_rows(dtype, pairs, 1, from, query_stride, keys, depth, to);
+            r += 1;
+        }
+    }
+}
+
+static void score_direct(sa_dtype dtype, bool pairs, const float *query, int64_t query_stride, int64_t rows, const direct_keys *keys,
+                         int64_t depth, float *scores)
+{
+    switch (dtype) {
+    case SA_F32: score_direct_as(SA_F32, false, query, query_stride, rows, keys, depth, scores); break;
+    case SA_F16: score_direct_as(SA_F16, false, query, query_stride, rows, keys, depth, scores); break;
+    default:
+        if (pairs) {
+            score_direct_as(SA_BF16, true, query, query_stride, rows, keys, depth, scores);
+        } else {
+            score_direct_as(SA_BF16, false, query, query_stride, rows, keys, depth, scores);
+        }
+    }
+}
+
+/* acc[rows, vecs * LANES] += weights[rows, keys] * values[keys, ..] */
+VEC_INLINE void add_values_tile(sa_dtype dtype, int rows, int vecs, const float *weights, const direct_keys *values, int64_t column,
+                                float *acc, int64_t acc_stride)
+{
+    vec_f32 sum[4][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++) {
+            sum[r][v] = vec_load(acc + r * acc_stride + column + v * LANES);
+        }
+    }
+    for (int64_t key = values->low; key < values->high; key++) {
+        vec_f32 value[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++) {
+            value[v] = load_lanes(dtype, values->data, key * values->stride + column + v * LANES);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            const vec_f32 weight = vec_set1(weights[r * SCORE_STRIDE + key]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vecs; v++) {
+                sum[r][v] = vec_fma(weight, value[v], sum[r][v]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++) {
+            vec_store(acc + r * acc_stride + column + v * LANES, sum[r][v]);
+        }
+    }
+}
+
+VEC_INLINE void add_values_rows(sa_dtype dtype, int rows, const float *weights, const direct_keys *values, int64_t depth, float *acc,
+                                int64_t acc_stride)
+{
+    for (int64_t column = 0; column < depth;) {
+        if (depth - column >= 4 * LANES) {
+            add_values_tile(dtype, rows, 4, weights, values, column, acc, acc_stride);
+            column += 4 * LANES;
+        } else {
+            add_values_tile(dtype, rows, 1, weights, values, column, acc, acc_stride);
+            column += LANES;
+        }
+    }
+}
+
+VEC_INLINE void add_values_as(sa_dtype dtype, const float *weights, int64_t rows, const direct_keys *values, int64_t depth, float *acc,
+                              int64_t acc_stride)
+{
+    for (int64_t r = 0; r < rows;) {
+        const int64_t step = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
+        const float *from = weights + r * SCORE_STRIDE;
+        float *to = acc + r * acc_stride;
+        if (step == 4) {
+            add_values_rows(dtype, 4, from, values, depth, to, acc_stride);
+        } else if (step == 2) {
+            add_values_rows(dtype, 2, from, values, depth, to, acc_stride);
+        } else {
+            add_values_rows(dtype, 1, from, values, depth, to, acc_stride);
+        }
+        r += step;
+    }
+}
+
+static void add_values_direct(sa_dtype dtype, const float *weights, int64_t rows, const direct_keys *values, int64_t depth, float *acc,
+                              int64_t acc_stride)
+{
+    switch (dtype) {
+    case SA_F32: add_values_as(SA_F32, weights, rows, values, depth, acc, acc_stride); break;
+    case SA_F16: add_values_as(SA_F16, weights, rows, values, depth, acc, acc_stride); break;
+    default: add_values_as(SA_BF16, weights, rows, values, depth, acc, acc_stride); break;
+    }
+}
+
+#endif
