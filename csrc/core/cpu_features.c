@@ -1,5 +1,6 @@
 #include "cpu_features.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -11,6 +12,12 @@ static unsigned long long saved_registers(void)
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (unsigned long long)high << 32 | low;
+}
+
+static bool made_by_intel(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && c == signature_INTEL_ecx && d == signature_INTEL_edx;
 }
 
 unsigned sa_cpu_probe(void)
@@ -36,6 +43,7 @@ unsigned sa_cpu_probe(void)
         found |= SA_CPU_AVX512;
         found |= (subleaf1 & 1u << 5) ? SA_CPU_AVX512_BF16 : 0;
         found |= (d & 1u << 23) ? SA_CPU_AVX512_FP16 : 0;
+        found |= made_by_intel() ? SA_CPU_SLOW_BF16_DOT : 0;
     }
     if ((saved & tiles) == tiles && (d & 1u << 22)) {
         found |= SA_CPU_AMX_BF16;

@@ -47,6 +47,26 @@ typedef struct attend_job {
 
 /* --- one block ------------------------------------------------------------------------------------------------------------------- */
 
+/* Scores are products times a scale: no cap, bias or slope. */
+static bool is_plain(const span *s, const sa_run *run)
+{
+    const sa_problem *p = s->problem;
+    return p->softcap == 0.0f && s->row->alibi == NULL && (p->sink_bias == NULL || run->kind != SA_RUN_PINNED);
+}
+
+/* The columns that each row of a chunk sees, and their hull. False: none sees any. */
+static bool columns_of_chunk(const span *s, const sa_run *run, int64_t r0, int64_t rows, int64_t begin, sa_range *seen, sa_range *all)
+{
+    *all = (sa_range){BLOCK_KEYS, 0};
+    for (int64_t r = 0; r < rows; r++) {
+        seen[r] = row_columns(s, run, r0 + r, begin);
+        if (seen[r].low < seen[r].high) {
+            *all = (sa_range){min_i64(all->low, seen[r].low), max_i64(all->high, seen[r].high)};
+        }
+    }
+    return all->low < all->high;
+}
+
 static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_range need)
 {
     const sa_problem *p = s->problem;
@@ -59,14 +79,9 @@ static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_ran
 
     for (int64_t r0 = 0; r0 < s->rows; r0 += CHUNK_ROWS) {
         const int64_t rows = min_i64(CHUNK_ROWS, s->rows - r0);
-        sa_range seen[CHUNK_ROWS], all = {BLOCK_KEYS, 0};
-        for (int64_t r = 0; r < rows; r++) {
-            seen[r] = row_columns(s, run, r0 + r, begin);
-            if (seen[r].low < seen[r].high) {
-                all = (sa_range){min_i64(all.low, seen[r].low), max_i64(all.high, seen[r].high)};
-            }
-        }
-        if (all.low >= all.high) {
+        sa_range seen[CHUNK_ROWS], all = {0, BLOCK_KEYS};
+        const bool whole = sees_all(s, run, r0, rows, begin), plain = whole && is_plain(s, run);
+        if (!whole && !columns_of_chunk(s, run, r0, rows, begin, seen, &all)) {
             continue;
         }
         const int64_t panel = all.low / TILE_COLUMNS, low = all.low / LANES * LANES, high = round_up(all.high, LANES);
@@ -74,7 +89,11 @@ static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_ran
                  words, s->scores + panel * TILE_COLUMNS, SCORE_STRIDE, rows, high - panel * TILE_COLUMNS, false);
         for (int64_t r = 0; r < rows; r++) {
             uint16_t *halves = s->pairs ? (uint16_t *)(void *)s->weights + r * SCORE_STRIDE : NULL;
-            softmax_row(s, run, r0 + r, begin, seen[r], low, high, s->scores + r * SCORE_STRIDE, halves);
+            if (plain) {
+                softmax_row_plain(s, r0 + r, s->scores + r * SCORE_STRIDE, halves);
+            } else {
+                softmax_row(s, run, r0 + r, begin, whole ? all : seen[r], low, high, s->scores + r * SCORE_STRIDE, halves);
+            }
         }
         const int64_t first = s->pairs ? all.low / 2 : all.low, last = s->pairs ? (all.high + 1) / 2 : all.high;
         const float *weights = s->pairs ? s->weights : s->scores;
@@ -93,7 +112,12 @@ static void block_direct(const span *s, const sa_run *run, int64_t begin, sa_ran
     const int64_t low = need.low / LANES * LANES, high = round_up(need.high, LANES);
     score_direct(p->dtype, s->pairs, query_for(s, run), s->query_stride, s->rows, &keys, p->depth, s->scores);
     for (int64_t r = 0; r < s->rows; r++) {
-        softmax_row(s, run, r, begin, row_columns(s, run, r, begin), low, high, s->scores + r * SCORE_STRIDE, NULL);
+        float *scores = s->scores + r * SCORE_STRIDE;
+        if (is_plain(s, run) && sees_all(s, run, r, 1, begin)) {
+            softmax_row_plain(s, r, scores, NULL);
+        } else {
+            softmax_row(s, run, r, begin, row_columns(s, run, r, begin), low, high, scores, NULL);
+        }
     }
     add_values_direct(p->dtype, s->scores, s->rows, &values, p->depth_v, s->acc, s->acc_stride);
 }
@@ -166,6 +190,8 @@ static span make_span(const attend_job *job, const sa_row *row, int64_t kv_head,
         s.acc = carve(&scratch, job->scratch_rows * s.acc_stride);
         s.maximum = carve(&scratch, job->scratch_rows);
         s.sum = carve(&scratch, job->scratch_rows);
+        s.head = (int64_t *)(void *)carve(&scratch, 2 * job->scratch_rows);
+        s.position = (int64_t *)(void *)carve(&scratch, 2 * job->scratch_rows);
         s.keys = carve(&scratch, BLOCK_KEYS * round_up(p->depth, LANES));
         s.values = carve(&scratch, BLOCK_KEYS * s.acc_stride);
         s.scores = carve(&scratch, CHUNK_ROWS * SCORE_STRIDE);
@@ -176,8 +202,8 @@ static span make_span(const attend_job *job, const sa_row *row, int64_t kv_head,
 
 static int64_t span_scratch(const attend_job *job)
 {
-    const int64_t floats = job->scratch_rows * (2 * job->query_stride + job->acc_stride + 2) +
-                           BLOCK_KEYS * (round_up(job->problem->depth, LANES) + job->acc_stride) + CHUNK_ROWS * SCORE_STRIDE * 2 + 256;
+    const int64_t floats = job->scratch_rows * (2 * job->query_stride + job->acc_stride + 6) +
+                           BLOCK_KEYS * (round_up(job->problem->depth, LANES) + job->acc_stride) + CHUNK_ROWS * SCORE_STRIDE * 2 + 320;
     return floats * (int64_t)sizeof(float);
 }
 
@@ -194,7 +220,7 @@ static void write_span(const span *s)
 {
     const sa_problem *p = s->problem;
     for (int64_t r = 0; r < s->rows; r++) {
-        const int64_t head = head_of(s, r), query = s->first + r % s->count;
+        const int64_t head = s->head[r], query = query_of(s, r);
         const sa_softmax_end end = sa_softmax_close(s->maximum[r], s->sum[r], p->sinks[head]);
         float *acc = s->acc + r * s->acc_stride;
         if (end.factor == 0.0f) { /* what was seen does not count: not even its NaN */

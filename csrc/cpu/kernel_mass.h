@@ -44,8 +44,8 @@ static void pack_task_keys(const mass_tile *m)
 static void add_row_mass(const mass_tile *m, int64_t r, int64_t begin, float *scores)
 {
     const span *s = &m->s;
-    const int64_t query = r % s->count;
-    const float lse = s->row->lse[head_of(s, r) * s->problem->lse_head_stride + s->first + query];
+    const int64_t query = query_of(s, r) - s->first;
+    const float lse = s->row->lse[s->head[r] * s->problem->lse_head_stride + s->first + query];
     if (!(fabsf(lse) < INFINITY) && !isnan(lse)) {
         return; /* sees nothing, or an infinite sink takes all */
     }

@@ -20,19 +20,23 @@ typedef struct span {
     float *query, *pinned_query; /* [rows padded, query_stride] words */
     float *acc;                  /* [rows padded, acc_stride] */
     float *maximum, *sum;        /* [rows padded] */
+    int64_t *head, *position;    /* [rows] query head, position in the row's own count */
     float *keys, *values;        /* panels of one block */
     float *scores;               /* [CHUNK_ROWS, SCORE_STRIDE] */
     float *weights;              /* bf16 pairs [CHUNK_ROWS, SCORE_STRIDE / 2] */
 } span;
 
-static int64_t head_of(const span *s, int64_t r)
+static void number_rows(const span *s)
 {
-    return s->kv_head * s->group + r / s->count;
+    for (int64_t r = 0; r < s->rows; r++) {
+        s->head[r] = s->kv_head * s->group + r / s->count;
+        s->position[r] = s->row->position + s->first + r % s->count;
+    }
 }
 
-static int64_t position_of(const span *s, int64_t r)
+static int64_t query_of(const span *s, int64_t r)
 {
-    return s->row->position + s->first + r % s->count;
+    return s->position[r] - s->row->position;
 }
 
 /* Converts query rows to words: fp32, or the bf16 pairs as they are. */
@@ -41,7 +45,7 @@ static void load_queries(const span *s, const void *data, int64_t head_stride, i
     const sa_dtype dtype = s->problem->dtype;
     const int64_t depth = s->problem->depth, words = words_of(s->pairs, depth);
     for (int64_t r = 0; r < s->rows; r++) {
-        const int64_t offset = head_of(s, r) * head_stride + (s->first + r % s->count) * stride;
+        const int64_t offset = s->head[r] * head_stride + query_of(s, r) * stride;
         float *row = out + r * s->query_stride;
         for (int64_t word = 0; word < words; word += LANES) {
             vec_store(row + word, s->pairs ? load_pairs(data, offset + 2 * word, depth - 2 * word)
@@ -54,6 +58,7 @@ static void load_queries(const span *s, const void *data, int64_t head_stride, i
 static void load_span_queries(const span *s)
 {
     const sa_problem *p = s->problem;
+    number_rows(s);
     load_queries(s, s->row->query, p->query_head_stride, p->query_stride, s->query);
     if (s->row->sink_query != NULL) {
         load_queries(s, s->row->sink_query, p->sink_query_head_stride, p->sink_query_stride, s->pinned_query);
@@ -82,7 +87,7 @@ static sa_range span_visible(const span *s, const sa_run *run)
 static sa_range row_columns(const span *s, const sa_run *run, int64_t r, int64_t begin)
 {
     const sa_problem *p = s->problem;
-    const sa_range seen = sa_visible(run, p->causal, p->windows[head_of(s, r)], position_of(s, r));
+    const sa_range seen = sa_visible(run, p->causal, p->windows[s->head[r]], s->position[r]);
     return (sa_range){clamp_i64(seen.low - begin, 0, BLOCK_KEYS), clamp_i64(seen.high - begin, 0, BLOCK_KEYS)};
 }
 
@@ -114,14 +119,14 @@ typedef struct row_terms {
 static row_terms terms_of(const span *s, const sa_run *run, int64_t r, int64_t begin)
 {
     const sa_problem *p = s->problem;
-    const int64_t head = head_of(s, r);
+    const int64_t head = s->head[r];
     row_terms terms = {.scale = p->softcap > 0.0f ? p->scale : (float)((double)p->scale * SA_LOG2E), .softcap = p->softcap};
     if (run->kind == SA_RUN_PINNED && p->sink_bias != NULL) {
         terms.bias = p->sink_bias + head * p->bias_stride + run->position + begin;
         terms.bias_count = run->count - begin;
     }
     if (run->kind != SA_RUN_LEARNED && s->row->alibi != NULL) {
-        const int64_t position = position_of(s, r);
+        const int64_t position = s->position[r];
         const int64_t from = run->kind == SA_RUN_PINNED ? min_i64(position, p->pinned_query_limit) : position;
         terms.slope = (float)((double)s->row->alibi[head] * SA_LOG2E);
         terms.distance = (float)(from - run->position - begin);
@@ -172,6 +177,60 @@ static void raise_maximum(const span *s, int64_t r, float maximum)
     }
     s->sum[r] *= factor;
     s->maximum[r] = maximum;
+}
+
+/* Does every row of a chunk see the whole block? */
+static bool sees_all(const span *s, const sa_run *run, int64_t r0, int64_t rows, int64_t begin)
+{
+    const sa_problem *p = s->problem;
+    if (begin + BLOCK_KEYS > run->count) {
+        return false;
+    }
+    for (int64_t r = r0; r < r0 + rows; r++) {
+        const sa_range seen = row_columns(s, run, r, begin);
+        if (seen.low > 0 || seen.high < BLOCK_KEYS) {
+            return false;
+        }
+        /* Rows run through the queries of one head after the other: within a head its first and its last decide. */
+        const int64_t last = min_i64(r0 + rows, (s->head[r] - s->kv_head * s->group + 1) * s->count) - 1;
+        if (last > r) {
+            const sa_range other = sa_visible(run, p->causal, p->windows[s->head[last]], s->position[last]);
+            if (other.low > begin || other.high < begin + BLOCK_KEYS) {
+                return false;
+            }
+            r = last;
+        }
+    }
+    return true;
+}
+
+/* softmax_row for a block that is seen whole and whose scores are products times a scale: all in registers. */
+static void softmax_row_plain(const span *s, int64_t r, float *scores, uint16_t *halves)
+{
+    enum { VECS = BLOCK_KEYS / LANES };
+    const vec_f32 scale = vec_set1((float)((double)s->problem->scale * SA_LOG2E));
+    vec_f32 x[VECS], largest = vec_set1(-INFINITY), sum = vec_zero();
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; v++) {
+        x[v] = vec_mul(vec_load(scores + v * LANES), scale);
+        largest = vec_max(largest, x[v]);
+    }
+    const float top = vec_largest(largest);
+    if (top > s->maximum[r]) {
+        raise_maximum(s, r, top);
+    }
+    const vec_f32 anchor = vec_set1(s->maximum[r] == -INFINITY ? 0.0f : s->maximum[r]);
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; v++) {
+        const vec_f32 weight = vec_exp2(vec_sub(x[v], anchor));
+        sum = vec_add(sum, weight);
+        if (halves != NULL) {
+            vec_store_bf16(halves + v * LANES, weight);
+        } else {
+            vec_store(scores + v * LANES, weight);
+        }
+    }
+    s->sum[r] += vec_sum(sum);
 }
 
 /* One row of a block: products -> weights 2^(x - m) in place (or as bf16 pairs), the row's (m, s, acc) brought along. */

@@ -35,7 +35,7 @@ static const entry entries[] = {
 enum { ENTRIES = sizeof entries / sizeof entries[0] };
 
 static const sa_cpu_table *_Atomic chosen;
-static char reason[160] = "chosen by hand";
+static char reason[240] = "chosen by hand";
 
 int sa_table_count(void)
 {
@@ -76,13 +76,18 @@ static const sa_cpu_table *choose(void)
         snprintf(reason, sizeof reason, "SINKATTN_CPU=%.40s asks for it", wish);
         return table;
     }
+    bool passed_over = false;
     for (int i = ENTRIES - 1; table == NULL; i--) {
-        table = sa_table_usable(i) ? entries[i].table : NULL;
+        const sa_cpu_table *candidate = sa_table_usable(i) ? entries[i].table : NULL;
+        const bool slow = candidate != NULL && (candidate->needs & SA_CPU_AVX512_BF16) && (sa_cpu_probe() & SA_CPU_SLOW_BF16_DOT);
+        passed_over = passed_over || slow;
+        table = slow ? NULL : candidate;
     }
     if (wish != NULL && wish[0] != '\0') {
         snprintf(reason, sizeof reason, "SINKATTN_CPU=%.40s is unknown or not usable here; this is the widest usable one", wish);
     } else {
-        snprintf(reason, sizeof reason, "the widest instruction set that is built in and that this processor has");
+        snprintf(reason, sizeof reason, "the widest instruction set that is built in and that this processor has%s",
+                 passed_over ? "; avx512bf16 is passed over: this maker's bf16 dot products are slower than fp32" : "");
     }
     return table;
 }
