@@ -16,7 +16,7 @@ def relative_error(got, expected):
     np.testing.assert_array_equal(got[~finite], expected[~finite])
     assert np.isfinite(got[finite]).all()
     norm = np.linalg.norm(expected[finite])
-    return np.linalg.norm(got[finite] - expected[finite]) / (norm if norm > 0 else 1.0)
+    return np.linalg.norm(got[finite] - expected[finite]) / max(norm, 1e-30)  # float32 underflows below
 
 
 def assert_close(got, expected, bound=FP32_RELATIVE):

@@ -1,0 +1,181 @@
+"""Threads, fork, Ctrl-C, leaks, and a long stream."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from oracle import normal
+from sinkattn import Rope, SinkCache, attend, merge, reference, show_config
+from tolerance import assert_close
+
+
+def test_concurrent_callers_get_what_a_lone_one_gets():
+    random = np.random.default_rng(0)
+    q, k = normal(random, 1, 4, 100, 64), normal(random, 1, 2, 300, 64)
+    expected = attend(q, k, k, window=50, sinks=4)
+
+    def call(_):
+        return all(np.array_equal(attend(q, k, k, window=50, sinks=4), expected) for _ in range(20))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(call, range(8)))
+
+
+def test_a_cache_in_use_is_refused_to_a_second_thread():
+    cache = SinkCache(1, 1, 128, window=60000)
+    x = np.ones((1, 1, 30000, 128), np.float32)
+    refused, done = [], threading.Event()
+
+    def knock():
+        while not done.is_set():
+            try:
+                cache.crop(10**9)
+            except RuntimeError as error:
+                refused.append(str(error))
+                return
+            except ValueError:
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=knock)
+    thread.start()
+    cache.attend(x, x, x)
+    done.set()
+    thread.join()
+    assert refused and "in use" in refused[0]
+
+
+def test_a_forked_child_computes():
+    """A pool that the child inherits without its threads must not hang it."""
+    code = """
+import os, numpy as np
+from sinkattn import attend
+x = np.ones((1, 8, 512, 64), np.float32)
+attend(x, x, x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if np.allclose(attend(x, x, x), 1) else 1)
+assert os.waitpid(child, 0)[1] == 0
+attend(x, x, x)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("call", ["attend(x, x, x)", "cache.attend(x, x, x)"])
+def test_ctrl_c_stops_a_long_call_and_all_stays_usable(call):
+    code = f"""
+import sys, time, numpy as np
+from sinkattn import SinkCache, attend
+x = np.ones((1, 1, 200000, 128), np.float32)
+cache = SinkCache(1, 1, 128, window=200000)
+print("ready", flush=True)
+try:
+    {call}
+except KeyboardInterrupt:
+    at = time.time()
+    y = x[:, :, :100]
+    assert cache.length[0] == 0
+    assert np.allclose(attend(y, y, y), 1) and np.allclose(cache.attend(y, y, y), 1)
+    print(at, flush=True)
+    sys.exit(0)
+sys.exit(3)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    sent = time.time()
+    process.send_signal(signal.SIGINT)
+    answer, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert float(answer) - sent < 0.5  # 50 ms on an idle machine; tests run beside others
+
+
+def growth(call):
+    for _ in range(100):  # caches of the interpreter fill first
+        call()
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(1000):
+        call()
+    gc.collect()
+    return sys.getallocatedblocks() - before
+
+
+def quiet(call):
+    def run():
+        try:
+            call()
+        except (ValueError, TypeError, NotImplementedError):
+            pass
+    return run
+
+
+X = np.ones((1, 2, 3, 16), np.float32)
+CACHE = SinkCache(1, 2, 16, sinks=1, window=4, rope=Rope.from_theta(16))
+
+
+@pytest.mark.parametrize("call", [
+    lambda: attend(X, X, X, sink_logits=[0.0, 1.0], window=[1, 0], return_lse=True, return_mass=True),
+    lambda: attend(X, X, X, sink_kv=(X[0], X[0]), lengths=[2], out=np.empty_like(X)),
+    lambda: merge([X, X], [X[..., 0].copy()] * 2),
+    lambda: CACHE.attend(X, X, X, return_mass=True),
+    lambda: (CACHE.copy(), CACHE.kept(), CACHE.length, CACHE.reset(), CACHE.reorder([0])),
+    lambda: CACHE.load_state_dict(CACHE.state_dict()),
+    lambda: SinkCache(1, 1, 8, window=2),
+    lambda: show_config(),
+    quiet(lambda: attend(X, X, X[:, :, :2])),
+    quiet(lambda: attend(X, X, X.astype(np.float16))),
+    quiet(lambda: attend(X, X, X, sink_logits=[1.0] * 3)),
+    quiet(lambda: attend(X, X, X, window="a")),
+    quiet(lambda: attend(X, X, X, out=X)),
+    quiet(lambda: CACHE.attend(X, X, X[..., :3])),
+    quiet(lambda: CACHE.load_state_dict({**CACHE.state_dict(), "length": np.array([-1])})),
+    quiet(lambda: merge([X], [X])),
+    quiet(lambda: SinkCache(1, 1, 8, window=0)),
+], ids=lambda call: "")
+def test_nothing_leaks(call):
+    """Growth of allocated blocks over 1000 calls, error paths too."""
+    assert growth(call) <= 20
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_long_stream_stays_small_and_right():
+    """SINKATTN_SOAK=1: a million tokens. Memory flat after 10 000; the last window is right."""
+    tokens = 1_000_000 if os.environ.get("SINKATTN_SOAK") == "1" else 30_000
+    random = np.random.default_rng(1)
+    rope = Rope.from_theta(16)
+    cache = SinkCache(1, 1, 16, sinks=2, window=62, rope=rope)
+    first, tail = None, []
+    for t in range(tokens):
+        step = tuple(normal(random, 1, h, 1, 16) for h in (2, 1, 1))
+        out = cache.attend(*step)
+        if t < 2:
+            first = [*(first or []), step]
+        tail = [*tail[-63:], step]
+        if t == 10_000:
+            before = resident()
+    assert resident() - before <= 1 << 20
+    # The window's queries as the definition has them: pinned keys seen from slot 63, window keys
+    # by relative distance.
+    q, k, v = (np.concatenate([s[i] for s in tail], axis=2) for i in range(3))
+    k0, v0 = (np.concatenate([s[i] for s in first], axis=2) for i in (1, 2))
+    position = np.arange(tokens - 64, tokens)
+    keys = np.concatenate([reference.rotate(k0, np.arange(2), rope),
+                           reference.rotate(k[:, :, 2:], position[2:], rope)], axis=2)
+    values = np.concatenate([v0, v[:, :, 2:]], axis=2)
+    expected = reference.attend(reference.rotate(q[:, :, -1:], position[-1:], rope), keys, values,
+                                sinks=2, window=62,
+                                sink_q=reference.rotate(q[:, :, -1:], np.array([63]), rope))
+    assert_close(out, expected, 5e-6)
