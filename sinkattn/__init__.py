@@ -8,6 +8,12 @@ merge       joins attention over disjoint keys
 docs/semantics.md defines what is computed; `sinkattn.reference` states it in NumPy.
 """
 
+from pkgutil import extend_path
+
+# In a clone after `pip install .`, `python -m sinkattn` finds this folder before the installed one,
+# which has the compiled core: both belong to the package.
+__path__ = extend_path(__path__, __name__)
+
 from sinkattn.cache import SinkCache
 from sinkattn.config import __version__, get_num_threads, set_num_threads, show_config
 from sinkattn.functional import attend, merge

@@ -48,7 +48,7 @@ CASES = [
     ({"q": Q.repeat(2, -1)[..., ::2]}, ValueError, "last axis of q has stride 2, expected 1"),
     ({"k": K[..., ::-1]}, ValueError, "last axis of k has stride -1"),
     ({"v": np.asfortranarray(V)}, ValueError, "last axis of v"),
-    ({"q": HUGE, "k": HUGE[:, :, :1], "v": np.broadcast_to(F(0), (2**28, 1, 1, 256))}, ValueError,
+    ({"q": HUGE, "k": HUGE[:, :, :1], "v": np.broadcast_to(np.zeros(256, F), (2**28, 1, 1, 256))}, ValueError,
      r"out has shape \[268435456, 1, 268435456, 256\], whose size does not fit 63 bits"),
     ({"q": np.zeros((2, 4, 5, 33), np.uint8)[..., 1:].view(F)}, ValueError, "q .*(aligned|stride)"),
     # numbers
@@ -142,7 +142,7 @@ def test_packed_and_padded_exclude_each_other():
 
 
 @pytest.mark.parametrize(("q", "k", "v", "error", "match"), [
-    (Q, K, V, ValueError, r"q has 5 tokens, expected 9 \(same as k\)"),
+    (Q, K, np.zeros((2, 2, 9, 8), F), ValueError, r"q has 5 tokens, expected 9 \(same as k\)"),
     (Q, K[:, :, :5], V[:, :, :5], ValueError, r"v has head_dim 6, expected 8 \(as the cache was made\)"),
     (Q.astype(np.float16), K[:, :, :5].astype(np.float16), K[:, :, :5].astype(np.float16), TypeError,
      r"q is float16, expected float32 \(the dtype of the cache\)"),
