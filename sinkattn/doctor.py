@@ -31,7 +31,7 @@ def info(arguments):
         print(f"{module:15} {'found' if found else 'missing'}: {gives}")
     if config["cpu_table"] == "reference":
         print("The scalar reference kernel is in use: right, and slow. A C compiler that knows "
-              "-mavx2 or -mavx512f\nat build time, on a processor that has it, gives the fast ones.")
+              "-mavx2 or -mavx512f\nat build time, on a processor that has it, gives fast ones.")
     return 0
 
 
@@ -107,7 +107,8 @@ def _check_threads(failures):
         set_num_threads(threads)
         outs.append(attend(q, q, q, window=50, sinks=4))
     set_num_threads(before)
-    _check("threads agree, bit for bit", float(any((o != outs[0]).any() for o in outs)), 0, failures)
+    differ = any((o != outs[0]).any() for o in outs)
+    _check("threads agree, bit for bit", float(differ), 0, failures)
 
 
 def _check_fork(failures):

@@ -126,7 +126,7 @@ def _log_sum_exp(x):
 
 
 def _over_queries(weights, reduce, queries):
-    """Per key, the sum or maximum of weights [queries, keys] over the last `queries` (None: all)."""
+    """Per key, sum or maximum of weights [queries, keys] over the last `queries` (None: all)."""
     first = 0 if queries is None else max(len(weights) - queries, 0)
     if reduce == "sum":
         return weights[first:].sum(axis=0)

@@ -11,7 +11,7 @@ class Rope:
 
     inv_freq : [rotated / 2] real numbers, used in float64: angle = position * inv_freq. The first
         `rotated` columns of a head are turned, the rest pass (partial rotation).
-    interleaved : pairs are columns (0, 1), (2, 3), ...; else (0, rotated/2), (1, rotated/2 + 1), ...
+    interleaved : pairs are columns (0, 1), (2, 3), ...; else (i, rotated/2 + i).
     attention_scaling : multiplies cos and sin (YaRN).
     applied : q and k arrive already turned to their absolute position, as Hugging Face models
         pass them; attention_scaling is then in them.

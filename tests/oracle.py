@@ -1,9 +1,9 @@
 """Expected values: sinkattn.reference, which is itself tested against torch and Hugging Face."""
 
 import numpy as np
+from tolerance import FP32_RELATIVE, HALF_RELATIVE, assert_close, assert_lse_close
 
 from sinkattn import attend, reference
-from tolerance import FP32_RELATIVE, HALF_RELATIVE, assert_close, assert_lse_close
 
 DTYPES = ("float32", "float16", "bfloat16")
 

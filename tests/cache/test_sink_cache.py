@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from oracle import DTYPES, normal
-from sinkattn import Rope, SinkCache, reference
 from tolerance import HALF_RELATIVE, assert_close, assert_lse_close, relative_error
+
+from sinkattn import Rope, SinkCache, reference
 
 ROPES = {
     "none": None,

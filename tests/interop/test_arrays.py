@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-
 from oracle import check_attend, normal
+
 from sinkattn import SinkCache, attend, merge
 
 

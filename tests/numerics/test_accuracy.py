@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-
 from oracle import normal
-from sinkattn import attend, get_num_threads, reference, set_num_threads
 from tolerance import FP32_RELATIVE, FP32_RELATIVE_LONG, assert_close, assert_lse_close
+
+from sinkattn import attend, get_num_threads, reference, set_num_threads
 
 
 @pytest.mark.parametrize("depth", [64, 128, 256])

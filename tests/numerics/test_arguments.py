@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from oracle import DTYPES, check_attend, dtype_of, normal
 
 SHAPES = {  # batch, kv heads, group, queries, keys, depth, depth_v

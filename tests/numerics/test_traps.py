@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-
 from oracle import check_attend, normal
-from sinkattn import attend, merge, reference
 from tolerance import assert_close, assert_lse_close, relative_error
+
+from sinkattn import attend, merge, reference
 
 
 @pytest.fixture

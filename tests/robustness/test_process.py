@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-
 from oracle import normal
-from sinkattn import Rope, SinkCache, attend, merge, reference, show_config
 from tolerance import assert_close
+
+from sinkattn import Rope, SinkCache, attend, merge, reference, show_config
 
 
 def test_concurrent_callers_get_what_a_lone_one_gets():
