@@ -74,8 +74,8 @@ static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_ran
     const int64_t value = s->kv_head * run->value_head_stride + begin * run->value_stride;
     const int64_t words = words_of(s->pairs, p->depth), value_words = words_of(s->pairs, BLOCK_KEYS);
     const float *query = query_for(s, run);
-    pack_keys(p->dtype, s->pairs, sa_at(run->key, p->dtype, key), run->key_stride, p->depth, need.low, need.high, s->keys);
-    pack_values(p->dtype, s->pairs, sa_at(run->value, p->dtype, value), run->value_stride, p->depth_v, need.low, need.high, s->values);
+    key_packer(p->dtype, s->pairs)(sa_at(run->key, p->dtype, key), run->key_stride, p->depth, need.low, need.high, s->keys);
+    value_packer(p->dtype, s->pairs)(sa_at(run->value, p->dtype, value), run->value_stride, p->depth_v, need.low, need.high, s->values);
 
     for (int64_t r0 = 0; r0 < s->rows; r0 += CHUNK_ROWS) {
         const int64_t rows = min_i64(CHUNK_ROWS, s->rows - r0);

@@ -35,8 +35,8 @@ static void pack_task_keys(const mass_tile *m)
     for (int64_t b = 0; b < m->blocks; b++) {
         const int64_t begin = m->begin + b * BLOCK_KEYS;
         const int64_t offset = m->s.kv_head * m->run->key_head_stride + begin * m->run->key_stride;
-        pack_keys(p->dtype, m->s.pairs, sa_at(m->run->key, p->dtype, offset), m->run->key_stride, p->depth, 0,
-                  min_i64(BLOCK_KEYS, m->run->count - begin), m->panels + b * panel_size(&m->s));
+        key_packer(p->dtype, m->s.pairs)(sa_at(m->run->key, p->dtype, offset), m->run->key_stride, p->depth, 0,
+                                         min_i64(BLOCK_KEYS, m->run->count - begin), m->panels + b * panel_size(&m->s));
     }
 }
 

@@ -144,8 +144,8 @@ static int64_t words_of(bool pairs, int64_t depth)
 }
 
 /* Keys low .. high - 1 of a block as panels [columns / TILE_COLUMNS][words][TILE_COLUMNS]; the other columns of touched panels are zero. */
-static void pack_keys(sa_dtype dtype, bool pairs, const void *key, int64_t key_stride, int64_t depth, int64_t low, int64_t high,
-                      float *panels)
+VEC_INLINE void pack_keys_as(sa_dtype dtype, bool pairs, const void *key, int64_t key_stride, int64_t depth, int64_t low, int64_t high,
+                             float *panels)
 {
     const int64_t words = words_of(pairs, depth);
     for (int64_t group = low / LANES; group * LANES < round_up(high, TILE_COLUMNS) && group * LANES < BLOCK_KEYS; group++) {
@@ -175,8 +175,8 @@ static void pack_keys(sa_dtype dtype, bool pairs, const void *key, int64_t key_s
 }
 
 /* Values of keys low .. high - 1 as panels [depth_v / TILE_COLUMNS][keys or pairs][TILE_COLUMNS]; a pair's missing half is zero. */
-static void pack_values(sa_dtype dtype, bool pairs, const void *value, int64_t value_stride, int64_t depth, int64_t low, int64_t high,
-                        float *panels)
+VEC_INLINE void pack_values_as(sa_dtype dtype, bool pairs, const void *value, int64_t value_stride, int64_t depth, int64_t low,
+                               int64_t high, float *panels)
 {
     const int64_t rows = words_of(pairs, BLOCK_KEYS);
     for (int64_t column = 0; column < round_up(depth, TILE_COLUMNS); column += LANES) {
@@ -198,6 +198,33 @@ static void pack_values(sa_dtype dtype, bool pairs, const void *value, int64_t v
 #endif
         }
     }
+}
+
+typedef void (*pack_function)(const void *data, int64_t stride, int64_t depth, int64_t low, int64_t high, float *panels);
+
+#define DEFINE_PACK(NAME, DTYPE, PAIRS)                                                                                           \
+    static void pack_keys_##NAME(const void *data, int64_t stride, int64_t depth, int64_t low, int64_t high, float *panels)       \
+    {                                                                                                                             \
+        pack_keys_as(DTYPE, PAIRS, data, stride, depth, low, high, panels);                                                       \
+    }                                                                                                                             \
+    static void pack_values_##NAME(const void *data, int64_t stride, int64_t depth, int64_t low, int64_t high, float *panels)     \
+    {                                                                                                                             \
+        pack_values_as(DTYPE, PAIRS, data, stride, depth, low, high, panels);                                                     \
+    }
+
+DEFINE_PACK(f32, SA_F32, false)
+DEFINE_PACK(f16, SA_F16, false)
+DEFINE_PACK(bf16, SA_BF16, false)
+DEFINE_PACK(pairs, SA_BF16, true)
+
+static pack_function key_packer(sa_dtype dtype, bool pairs)
+{
+    return pairs ? pack_keys_pairs : dtype == SA_F32 ? pack_keys_f32 : dtype == SA_F16 ? pack_keys_f16 : pack_keys_bf16;
+}
+
+static pack_function value_packer(sa_dtype dtype, bool pairs)
+{
+    return pairs ? pack_values_pairs : dtype == SA_F32 ? pack_values_f32 : dtype == SA_F16 ? pack_values_f16 : pack_values_bf16;
 }
 
 /* --- direct ----------------------------------------------------------------------------------------------------------------------- */
@@ -246,6 +273,17 @@ typedef struct direct_keys {
     int64_t low, high;
 } direct_keys;
 
+/* Rows this far ahead are asked for early: the processor's own prefetchers do not cross from one block's keys to its values in time. */
+enum { PREFETCH_ROWS = 16 };
+
+VEC_INLINE void prefetch_row(sa_dtype dtype, const void *data, int64_t offset, int64_t count)
+{
+    const char *row = sa_at(data, dtype, offset);
+    for (int64_t byte = 0; byte < count * (dtype == SA_F32 ? 4 : 2); byte += 64) {
+        __builtin_prefetch(row + byte, 0, 3);
+    }
+}
+
 VEC_INLINE void score_rows(sa_dtype dtype, bool pairs, int rows, const float *query, int64_t query_stride, const direct_keys *keys,
                            int64_t depth, float *scores)
 {
@@ -253,6 +291,7 @@ VEC_INLINE void score_rows(sa_dtype dtype, bool pairs, int rows, const float *qu
         const void *four[4];
         for (int64_t i = 0; i < 4; i++) {
             four[i] = sa_at(keys->data, dtype, min_i64(key + i, keys->high - 1) * keys->stride);
+            prefetch_row(dtype, keys->data, (key + i + PREFETCH_ROWS) * keys->stride, depth);
         }
         dot_tile(dtype, pairs, rows, query, query_stride, four, depth, scores + key);
     }
@@ -306,6 +345,7 @@ VEC_INLINE void add_values_tile(sa_dtype dtype, int rows, int vecs, const float 
     }
     for (int64_t key = values->low; key < values->high; key++) {
         vec_f32 value[4];
+        prefetch_row(dtype, values->data, (key + PREFETCH_ROWS) * values->stride + column, vecs * LANES);
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; v++) {
             value[v] = load_lanes(dtype, values->data, key * values->stride + column + v * LANES);
