@@ -1,6 +1,6 @@
 /* Attention forward, one algorithm for every instruction set.
  *
- *   out = sum_j 2^(x_j - m) v_j / (sum_j 2^(x_j - m) + 2^(sigma - m)),   x_j = score of key j in log2 units, online in blocks of 64 keys
+ *   out = sum_j 2^(x_j - m) v_j / (sum_j 2^(x_j - m) + 2^(sigma - m)),   x_j = score of key j in log2 units, online in blocks of 128 keys
  *
  * A task is a span of queries of one kv head with its whole group of query heads, against the blocks that some query of it sees, so
  * time grows with what is visible. Each block of K and V is packed once for the span (many rows) or read in place (few rows: decode).
@@ -24,7 +24,7 @@
 enum {
     SPAN_ROWS = 384,   /* Q and O of a span stay in L2 */
     SPLIT_ROWS = 64,   /* at most so many rows are worth splitting the keys for */
-    SPLIT_BLOCKS = 8,
+    SPLIT_BLOCKS = 4,
 };
 
 /* Partial results of the pieces of one (row, kv head). */

@@ -7,7 +7,7 @@
 
 #include "kernel_attend.h"
 
-enum { MASS_BLOCKS = 8 };
+enum { MASS_BLOCKS = 4 };
 
 typedef struct mass_job {
     attend_job attend; /* strides and scratch of the spans */

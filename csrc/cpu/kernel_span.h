@@ -210,7 +210,7 @@ static void softmax_row_plain(const span *s, int64_t r, float *scores, uint16_t 
     enum { VECS = BLOCK_KEYS / LANES };
     const vec_f32 scale = vec_set1((float)((double)s->problem->scale * SA_LOG2E));
     vec_f32 x[VECS], largest = vec_set1(-INFINITY), sum = vec_zero();
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < VECS; v++) {
         x[v] = vec_mul(vec_load(scores + v * LANES), scale);
         largest = vec_max(largest, x[v]);
@@ -220,7 +220,7 @@ static void softmax_row_plain(const span *s, int64_t r, float *scores, uint16_t 
         raise_maximum(s, r, top);
     }
     const vec_f32 anchor = vec_set1(s->maximum[r] == -INFINITY ? 0.0f : s->maximum[r]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < VECS; v++) {
         const vec_f32 weight = vec_exp2(vec_sub(x[v], anchor));
         sum = vec_add(sum, weight);

@@ -7,7 +7,7 @@
 
 enum {
     TILE_COLUMNS = TILE_VECS * LANES,
-    BLOCK_KEYS = 64,                      /* keys of one block; blocks lie on a grid that starts at the run */
+    BLOCK_KEYS = 128,                     /* keys of one block; blocks lie on a grid that starts at the run */
     SCORE_STRIDE = BLOCK_KEYS + LANES,    /* direct scores write up to three columns too many */
 };
 
