@@ -1,17 +1,12 @@
 """What was built, what was chosen, and how many threads."""
 
 import os
-import platform
-from importlib import metadata
+import sys
 
 import numpy as np
 
 from sinkattn import _core
-
-try:
-    __version__ = metadata.version("sinkattn")
-except metadata.PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
+from sinkattn._version import __version__
 
 get_num_threads = _core.get_num_threads
 
@@ -41,7 +36,7 @@ def show_config():
     names = ("SINKATTN_CPU", "SINKATTN_NUM_THREADS")
     return {
         "version": __version__,
-        "python": platform.python_version(),
+        "python": sys.version.split()[0],
         "numpy": np.__version__,
         **_core.config(),
         "cuda": "not built: this version runs on the CPU only",
