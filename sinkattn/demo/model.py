@@ -137,9 +137,7 @@ class _Block:
         seen = attention(layer, q, k, v, at)
         seen = seen.transpose(0, 2, 1, 3).reshape(rows, x.shape[1], -1)
         x = x + seen @ self.output
-        gate, up = np.split(_normalise(x, config.epsilon) @ self.gate_up, 2, axis=-1)
-        x += (_silu(gate) * up) @ self.down
-        return x
+        return x + _gated(_normalise(x, config.epsilon) @ self.gate_up) @ self.down
 
 
 def _with_gain(matrix, gain):
@@ -152,9 +150,16 @@ def _normalise(x, epsilon):
     return x * (1 / np.sqrt(square + epsilon))
 
 
-def _silu(x):
-    below = np.exp(-np.abs(x))  # never overflows
-    return x * np.where(x >= 0, 1, below) / (1 + below)
+def _gated(gate_up):
+    """silu(gate) * up, [..., 2 * hidden] -> [..., hidden]."""
+    gate, up = np.split(gate_up, 2, axis=-1)
+    scale = np.negative(gate)
+    with np.errstate(over="ignore"):  # exp overflows to inf, and gate / inf is the right 0
+        np.exp(scale, out=scale)
+    scale += 1
+    np.divide(gate, scale, out=scale)
+    scale *= up
+    return scale
 
 
 def bits(logits, targets):

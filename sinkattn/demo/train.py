@@ -242,28 +242,28 @@ def make_copy_lines(count, generator):
     return lines, lengths
 
 
-def build_network(config):
+def build_network(config, init):
     """The network of `model.py` in torch, for training. Same parameter names."""
     import torch
     from torch import nn
     from torch.nn import functional as ops
+
+    def matrix(rows, columns):
+        if init == "default":
+            return nn.Parameter((torch.rand(rows, columns) * 2 - 1) * columns**-0.5)
+        scale = 0.02 if init == "small" else columns**-0.5
+        return nn.Parameter(torch.randn(rows, columns) * scale)
 
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
             width, depth = config.width, config.head_depth
             self.norm_attention = nn.Parameter(torch.ones(width))
-            self.qkv = nn.Parameter(
-                torch.randn((config.heads_q + 2 * config.heads_kv) * depth, width) * width**-0.5
-            )
-            self.output = nn.Parameter(
-                torch.randn(width, config.heads_q * depth) * (width * 2 * config.layers) ** -0.5
-            )
+            self.qkv = matrix((config.heads_q + 2 * config.heads_kv) * depth, width)
+            self.output = matrix(width, config.heads_q * depth)
             self.norm_mlp = nn.Parameter(torch.ones(width))
-            self.gate_up = nn.Parameter(torch.randn(2 * config.hidden, width) * width**-0.5)
-            self.down = nn.Parameter(
-                torch.randn(width, config.hidden) * (config.hidden * 2 * config.layers) ** -0.5
-            )
+            self.gate_up = matrix(2 * config.hidden, width)
+            self.down = matrix(width, config.hidden)
 
         def project(self, x, cosine, sine):
             """x [rows, length, width] -> rotated q, k and v, each [rows, heads, length, depth]."""
@@ -292,12 +292,11 @@ def build_network(config):
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embedding = nn.Parameter(torch.randn(config.vocabulary, config.width) * 0.02)
+            scale = 1.0 if init == "default" else 0.02
+            self.embedding = nn.Parameter(torch.randn(config.vocabulary, config.width) * scale)
             self.blocks = nn.ModuleList(Block() for _ in range(config.layers))
             self.norm_final = nn.Parameter(torch.ones(config.width))
-            self.head = nn.Parameter(
-                torch.randn(config.vocabulary, config.width) * config.width**-0.5
-            )
+            self.head = matrix(config.vocabulary, config.width)
             angle = torch.arange(config.context, dtype=torch.float64)[:, None] * torch.from_numpy(
                 config.inverse_frequencies()
             )
@@ -343,7 +342,7 @@ def train(corpus, arguments, log):
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device=device).manual_seed(arguments.seed)
-    network = build_network(config).to(device)
+    network = build_network(config, arguments.init).to(device)
     matrices = [p for p in network.parameters() if p.ndim == 2]
     gains = [p for p in network.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -351,7 +350,7 @@ def train(corpus, arguments, log):
             {"params": matrices, "weight_decay": arguments.weight_decay},
             {"params": gains, "weight_decay": arguments.gain_decay},
         ],
-        lr=arguments.lr, betas=(0.9, 0.95), fused=device == "cuda",
+        lr=arguments.lr, betas=(0.9, arguments.beta), fused=device == "cuda",
     )
     source = torch.from_numpy(corpus.copy()).to(device)
     lines, lengths = make_copy_lines(arguments.copy_lines, np.random.default_rng(arguments.seed))
@@ -413,7 +412,7 @@ def train(corpus, arguments, log):
         loss = bits(*next_batch())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), arguments.clip)
         optimizer.step()
         running.append(loss.detach())
         if (step + 1) % arguments.every == 0 or step + 1 == arguments.steps:
@@ -453,9 +452,12 @@ def parse(argv):
     parser.add_argument("--weight-decay", type=float, default=0.6)
     parser.add_argument("--gain-decay", type=float, default=0.6, help="of the RMSNorm gains")
     parser.add_argument("--copies", type=float, default=0.06, help="share of sequences")
-    parser.add_argument("--copy-lines", type=int, default=100_000, help="distinct lines to copy")
+    parser.add_argument("--copy-lines", type=int, default=20_000, help="distinct lines to copy")
     parser.add_argument("--every", type=int, default=1000, help="steps between evaluations")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--init", default="default")
+    parser.add_argument("--beta", type=float, default=0.95)
+    parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--limit", type=int, help="use only the first bytes of the corpus")
     return parser.parse_args(argv)
 
