@@ -2,8 +2,6 @@
 
 from sinkattn import _core
 
-_MERGE_PARTS = 12  # what the core joins at once
-
 
 def attend(q, k, v, *, causal=True, window=None, sinks=0, sink_logits=None, sink_bias=None,
            sink_q=None, sink_kv=None, scale=None, softcap=None, alibi_slopes=None, starts=None,
@@ -76,8 +74,4 @@ def merge(outs, lses):
     >>> bool(np.allclose(out, attend(q, k, v, causal=False)))
     True
     """
-    outs, lses = list(outs), list(lses)
-    while len(outs) > _MERGE_PARTS:
-        out, lse = _core.merge(outs[:_MERGE_PARTS], lses[:_MERGE_PARTS])
-        outs, lses = [out, *outs[_MERGE_PARTS:]], [lse, *lses[_MERGE_PARTS:]]
-    return _core.merge(outs, lses)
+    return _core.merge(list(outs), list(lses))

@@ -23,6 +23,9 @@ class Rope:
 
     def __init__(self, inv_freq, *, interleaved=False, attention_scaling=1.0, applied=False):
         if hasattr(inv_freq, "detach"):
+            if inv_freq.requires_grad:
+                raise NotImplementedError("Rope(): inv_freq requires grad, and this version has no "
+                                          "gradients: pass inv_freq.detach()")
             inv_freq = inv_freq.detach().cpu().double()
         freq = np.asarray(inv_freq)
         if freq.dtype == bool or freq.dtype.kind not in "fiuV":

@@ -1,21 +1,8 @@
-#include "array.h"
+#include "raw.h"
 
 #include <string.h>
 
-#include "../core/half.h"
 #include "numpy_api.h"
-
-enum { MAX_RANK = 8 };
-
-/* An array as any door gives it. Strides in elements. */
-typedef struct raw {
-    char *data;
-    int rank;
-    int64_t shape[MAX_RANK], stride[MAX_RANK];
-    DLDataType dtype;
-    DLDevice device;
-    bool readonly;
-} raw;
 
 void sa_call_end(sa_call *call)
 {
@@ -28,7 +15,7 @@ void sa_call_end(sa_call *call)
     call->held_count = call->memory_count = 0;
 }
 
-static int hold(sa_call *call, PyObject *owned)
+int sa_hold(sa_call *call, PyObject *owned)
 {
     if (call->held_count == SA_MAX_HELD) {
         Py_DECREF(owned);
@@ -39,10 +26,23 @@ static int hold(sa_call *call, PyObject *owned)
     return 0;
 }
 
+/* An attribute that may be missing: 1 with an owned value, 0 without one, -1 with an exception. */
+static int optional_attribute(PyObject *object, PyObject *name, PyObject **value)
+{
+    *value = PyObject_GetAttr(object, name);
+    if (*value != NULL) {
+        return 1;
+    }
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        return -1;
+    }
+    PyErr_Clear();
+    return 0;
+}
+
 /* --- NumPy ---------------------------------------------------------------------------------------------------------------------- */
 
-/* ml_dtypes' bfloat16, by the last part of its type's name: NumPy has no number for it. */
-static bool is_bfloat16(PyArray_Descr *descr)
+bool sa_is_bfloat16(PyArray_Descr *descr)
 {
     const char *full = descr->typeobj->tp_name, *dot = strrchr(full, '.');
     return descr->type_num >= NPY_USERDEF && PyDataType_ELSIZE(descr) == 2 && strcmp(dot != NULL ? dot + 1 : full, "bfloat16") == 0;
@@ -51,7 +51,7 @@ static bool is_bfloat16(PyArray_Descr *descr)
 static DLDataType numpy_dtype(PyArray_Descr *descr)
 {
     const uint8_t bits = (uint8_t)(8 * PyDataType_ELSIZE(descr));
-    if (is_bfloat16(descr)) {
+    if (sa_is_bfloat16(descr)) {
         return (DLDataType){DL_BFLOAT, 16, 1};
     }
     switch (descr->kind) {
@@ -63,9 +63,33 @@ static DLDataType numpy_dtype(PyArray_Descr *descr)
     }
 }
 
-static int raw_of_numpy(sa_call *call, const char *name, PyArrayObject *array, raw *out)
+/* Elements must lie at multiples of their size: kernels load them as what they are. */
+static int check_alignment(sa_call *call, const char *name, const sa_raw *view)
+{
+    const uintptr_t size = view->dtype.bits / 8;
+    if (size > 1 && (uintptr_t)view->data % size != 0) {
+        PyErr_Format(PyExc_ValueError, "%s(): %s is not aligned to its item size", call->function, name);
+        return -1;
+    }
+    return 0;
+}
+
+static int refuse_mask(sa_call *call, const char *name, PyObject *array)
+{
+    if (!PyArray_CheckExact(array) && PyObject_HasAttrString(array, "mask")) {
+        PyErr_Format(PyExc_TypeError, "%s(): %s is a masked array, expected one without a mask: see starts, lengths and q_lengths",
+                     call->function, name);
+        return -1;
+    }
+    return 0;
+}
+
+int sa_raw_of_numpy(sa_call *call, const char *name, PyArrayObject *array, sa_raw *out)
 {
     PyArray_Descr *descr = PyArray_DESCR(array);
+    if (refuse_mask(call, name, (PyObject *)array) < 0) {
+        return -1;
+    }
     out->dtype = numpy_dtype(descr);
     out->device = (DLDevice){DL_CPU, 0};
     out->rank = PyArray_NDIM(array);
@@ -76,10 +100,11 @@ static int raw_of_numpy(sa_call *call, const char *name, PyArrayObject *array, r
         return -1;
     }
     if (!PyArray_ISNBO(descr->byteorder)) {
-        PyErr_Format(PyExc_TypeError, "%s(): %s has dtype %S in foreign byte order, expected native", call->function, name, (PyObject *)descr);
+        PyErr_Format(PyExc_TypeError, "%s(): %s has dtype %S in foreign byte order, expected native", call->function, name,
+                     (PyObject *)descr);
         return -1;
     }
-    if (out->rank > MAX_RANK) {
+    if (out->rank > SA_MAX_RANK) {
         PyErr_Format(PyExc_ValueError, "%s(): %s has %d dimensions, expected at most 4", call->function, name, out->rank);
         return -1;
     }
@@ -92,39 +117,49 @@ static int raw_of_numpy(sa_call *call, const char *name, PyArrayObject *array, r
             return -1;
         }
     }
-    if (!PyArray_ISALIGNED(array)) {
-        PyErr_Format(PyExc_ValueError, "%s(): %s is not aligned to its item size", call->function, name);
-        return -1;
-    }
-    return 0;
+    return check_alignment(call, name, out);
 }
 
 /* --- DLPack --------------------------------------------------------------------------------------------------------------------- */
 
-static int raw_of_dltensor(sa_call *call, const char *name, const DLTensor *tensor, bool readonly, raw *out)
+static int refuse_device(sa_call *call, const char *name, long type)
 {
-    if (tensor->device.device_type != DL_CPU && tensor->device.device_type != DL_CUDA_HOST) {
-        PyErr_Format(PyExc_NotImplementedError,
-                     "%s(): %s is on DLPack device type %d, expected memory of the CPU: the backends of this version are: cpu",
-                     call->function, name, (int)tensor->device.device_type);
+    if (type == DL_CPU || type == DL_CUDA_HOST) {
+        return 0;
+    }
+    PyErr_Format(PyExc_NotImplementedError,
+                 "%s(): %s is on DLPack device type %ld%s, expected memory of the CPU: the backends of this version are: cpu",
+                 call->function, name, type, type == DL_CUDA ? " (CUDA)" : "");
+    return -1;
+}
+
+static int raw_of_dltensor(sa_call *call, const char *name, const DLTensor *tensor, bool readonly, sa_raw *out)
+{
+    if (refuse_device(call, name, tensor->device.device_type) < 0) {
         return -1;
     }
-    if (tensor->ndim > MAX_RANK) {
+    if (tensor->ndim > SA_MAX_RANK) {
         PyErr_Format(PyExc_ValueError, "%s(): %s has %d dimensions, expected at most 4", call->function, name, (int)tensor->ndim);
         return -1;
     }
     out->dtype = tensor->dtype;
     out->device = tensor->device;
     out->rank = tensor->ndim;
-    out->data = (char *)tensor->data + tensor->byte_offset;
+    out->data = tensor->data != NULL ? (char *)tensor->data + tensor->byte_offset : NULL;
     out->readonly = readonly;
+    bool empty = false;
     int64_t dense = 1;
     for (int axis = out->rank - 1; axis >= 0; axis--) {
         out->shape[axis] = tensor->shape[axis];
         out->stride[axis] = tensor->strides != NULL ? tensor->strides[axis] : dense;
         dense = (int64_t)((uint64_t)dense * (uint64_t)tensor->shape[axis]);
+        empty = empty || tensor->shape[axis] == 0;
     }
-    return 0;
+    if (out->data == NULL && !empty) { /* tensors that only pretend: fake, zero, without storage */
+        PyErr_Format(PyExc_ValueError, "%s(): %s has no memory behind it, expected a tensor that holds its elements", call->function, name);
+        return -1;
+    }
+    return check_alignment(call, name, out);
 }
 
 /* The exchange table of a type, NULL (without exception) if it has none that we understand. */
@@ -144,27 +179,27 @@ static const DLPackExchangeAPI *exchange_api(sa_call *call, PyObject *object)
     return (const DLPackExchangeAPI *)(const void *)header;
 }
 
-static int refuse_gradient(sa_call *call, const char *name, PyObject *object)
+static int grad_mode(void)
 {
-    PyObject *flag = PyObject_GetAttr(object, call->module->grad_name);
-    if (flag == NULL) {
-        PyErr_Clear();
-        return 0;
+    PyObject *torch = PyDict_GetItemString(PyImport_GetModuleDict(), "torch");
+    PyObject *answer = torch != NULL ? PyObject_CallMethod(torch, "is_grad_enabled", NULL) : Py_NewRef(Py_True);
+    const int enabled = answer != NULL ? PyObject_IsTrue(answer) : -1;
+    Py_XDECREF(answer);
+    return enabled;
+}
+
+int sa_refuse_lost_state(sa_call *call, const char *name, PyObject *object)
+{
+    PyObject *flag;
+    const int found = optional_attribute(object, call->module->grad_name, &flag);
+    if (found <= 0) {
+        return found;
     }
-    const int requires = PyObject_IsTrue(flag);
+    const int tracked = PyObject_IsTrue(flag);
     Py_DECREF(flag);
-    if (requires <= 0) {
-        return requires;
-    }
-    PyObject *modules = PyImport_GetModuleDict(), *torch = PyDict_GetItemString(modules, "torch");
-    int enabled = 1;
-    if (torch != NULL) {
-        PyObject *answer = PyObject_CallMethod(torch, "is_grad_enabled", NULL);
-        if (answer == NULL) {
-            return -1;
-        }
-        enabled = PyObject_IsTrue(answer);
-        Py_DECREF(answer);
+    const int enabled = tracked > 0 ? grad_mode() : 0;
+    if (tracked < 0 || enabled < 0) {
+        return -1;
     }
     if (enabled) {
         PyErr_Format(PyExc_NotImplementedError,
@@ -172,7 +207,19 @@ static int refuse_gradient(sa_call *call, const char *name, PyObject *object)
                      call->function, name, name);
         return -1;
     }
-    return 0;
+    flag = PyObject_CallMethodNoArgs(object, call->module->negated_name);
+    if (flag == NULL && !PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        return -1;
+    }
+    PyErr_Clear(); /* no such method: nothing is negated */
+    const bool negated = flag == Py_True;
+    Py_XDECREF(flag);
+    if (negated) {
+        PyErr_Format(PyExc_ValueError, "%s(): %s is a negated view, expected plain memory: pass %s.resolve_neg()", call->function, name,
+                     name);
+        return -1;
+    }
+    return 1;
 }
 
 /* Takes a capsule's tensor; the renamed capsule is held until the end of the call, whose deleter then runs. */
@@ -192,7 +239,8 @@ static void delete_legacy(PyObject *capsule)
     }
 }
 
-static int raw_of_capsule(sa_call *call, const char *name, PyObject *capsule, raw *out)
+/* A capsule from before versions cannot say that its memory is read-only; torch's never was, of others we assume the worst. */
+static int raw_of_capsule(sa_call *call, const char *name, PyObject *capsule, bool torch_like, sa_raw *out)
 {
     if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
         DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
@@ -200,7 +248,8 @@ static int raw_of_capsule(sa_call *call, const char *name, PyObject *capsule, ra
             return -1;
         }
         if (managed->version.major != 1) {
-            PyErr_Format(PyExc_BufferError, "%s(): %s speaks DLPack %u, expected 1", call->function, name, (unsigned)managed->version.major);
+            PyErr_Format(PyExc_BufferError, "%s(): %s speaks DLPack %u, expected 1", call->function, name,
+                         (unsigned)managed->version.major);
             return -1;
         }
         return raw_of_dltensor(call, name, &managed->dl_tensor, (managed->flags & DL_FLAG_READ_ONLY) != 0, out);
@@ -210,7 +259,7 @@ static int raw_of_capsule(sa_call *call, const char *name, PyObject *capsule, ra
         if (PyCapsule_SetName(capsule, "used_dltensor") < 0 || PyCapsule_SetDestructor(capsule, delete_legacy) < 0) {
             return -1;
         }
-        return raw_of_dltensor(call, name, &managed->dl_tensor, false, out);
+        return raw_of_dltensor(call, name, &managed->dl_tensor, !torch_like, out);
     }
     PyErr_Format(PyExc_TypeError, "%s(): %s.__dlpack__() gave no DLPack capsule", call->function, name);
     return -1;
@@ -225,13 +274,7 @@ static int check_device(sa_call *call, const char *name, PyObject *object)
     }
     Py_XDECREF(device);
     PyErr_Clear();
-    if (type != DL_CPU && type != DL_CUDA_HOST) {
-        PyErr_Format(PyExc_NotImplementedError,
-                     "%s(): %s is on DLPack device type %ld, expected memory of the CPU: the backends of this version are: cpu",
-                     call->function, name, type);
-        return -1;
-    }
-    return 0;
+    return refuse_device(call, name, type);
 }
 
 static PyObject *ask_dlpack(sa_call *call, PyObject *object)
@@ -253,38 +296,78 @@ static PyObject *ask_dlpack(sa_call *call, PyObject *object)
     return capsule;
 }
 
-/* Any array through its door. 1: done, 0: not an array, -1: exception. */
-static int raw_of_object(sa_call *call, const char *name, PyObject *object, raw *out, sa_like *like)
+/* The door's own words may run to pages; the first line names the trouble. */
+static int refuse_unreadable(sa_call *call, const char *name)
+{
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *text = value != NULL ? PyObject_Str(value) : NULL;
+    PyObject *lines = text != NULL ? PyUnicode_Splitlines(text, 0) : NULL;
+    PyErr_Clear();
+    if (lines != NULL && PyList_GET_SIZE(lines) > 0 && PyErr_GivenExceptionMatches(type, PyExc_Exception)) {
+        PyErr_Format(PyExc_ValueError, "%s(): %s cannot be read: %S", call->function, name, PyList_GET_ITEM(lines, 0));
+    } else {
+        PyErr_Restore(type, value, trace);
+        type = value = trace = NULL;
+    }
+    Py_XDECREF(lines);
+    Py_XDECREF(text);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    return -1;
+}
+
+/* Through the exchange table. The view is borrowed from the object; a library without views lends a managed tensor, held to the end. */
+static int raw_of_exchange(sa_call *call, const char *name, PyObject *object, sa_like *like, sa_raw *out)
+{
+    DLTensor tensor;
+    if (like->api->view_from_object != NULL) {
+        if (like->api->view_from_object(object, &tensor) < 0) {
+            return refuse_unreadable(call, name);
+        }
+        like->device = tensor.device;
+        return raw_of_dltensor(call, name, &tensor, false, out);
+    }
+    DLManagedTensorVersioned *managed = NULL;
+    if (like->api->managed_from_object(object, &managed) < 0) {
+        return refuse_unreadable(call, name);
+    }
+    PyObject *capsule = PyCapsule_New(managed, "used_dltensor_versioned", delete_versioned);
+    if (capsule == NULL || sa_hold(call, capsule) < 0) {
+        return -1;
+    }
+    like->device = managed->dl_tensor.device;
+    return raw_of_dltensor(call, name, &managed->dl_tensor, (managed->flags & DL_FLAG_READ_ONLY) != 0, out);
+}
+
+int sa_raw_of_object(sa_call *call, const char *name, PyObject *object, sa_raw *out, sa_like *like)
 {
     *like = (sa_like){.kind = SA_KIND_NUMPY, .object = object, .device = {DL_CPU, 0}};
     if (PyArray_Check(object)) {
-        return raw_of_numpy(call, name, (PyArrayObject *)object, out) < 0 ? -1 : 1;
+        return sa_raw_of_numpy(call, name, (PyArrayObject *)object, out) < 0 ? -1 : 1;
     }
     if (PyLong_Check(object) || PyFloat_Check(object) || PyList_Check(object) || PyTuple_Check(object)) {
         return 0;
     }
     like->api = exchange_api(call, object);
     if (like->api != NULL) {
-        DLTensor tensor;
         like->kind = SA_KIND_EXCHANGE;
-        if (refuse_gradient(call, name, object) < 0 || like->api->view_from_object(object, &tensor) < 0) {
-            return -1;
-        }
-        like->device = tensor.device;
-        return raw_of_dltensor(call, name, &tensor, false, out) < 0 ? -1 : 1;
+        return sa_refuse_lost_state(call, name, object) < 0 || raw_of_exchange(call, name, object, like, out) < 0 ? -1 : 1;
     }
     if (!PyObject_HasAttr(object, call->module->dlpack_name)) {
         return 0;
     }
     like->kind = SA_KIND_DLPACK;
-    if (refuse_gradient(call, name, object) < 0 || check_device(call, name, object) < 0) {
+    const int torch_like = sa_refuse_lost_state(call, name, object);
+    if (torch_like < 0 || check_device(call, name, object) < 0) {
         return -1;
     }
     PyObject *capsule = ask_dlpack(call, object);
-    if (capsule == NULL || hold(call, capsule) < 0) {
+    if (capsule == NULL || sa_hold(call, capsule) < 0) {
         return -1;
     }
-    return raw_of_capsule(call, name, capsule, out) < 0 ? -1 : 1;
+    return raw_of_capsule(call, name, capsule, torch_like, out) < 0 ? -1 : 1;
 }
 
 /* --- tensors -------------------------------------------------------------------------------------------------------------------- */
@@ -309,9 +392,9 @@ static int dtype_of(sa_call *call, const char *name, DLDataType came, sa_dtype *
 
 int sa_view(sa_call *call, const char *name, PyObject *object, sa_tensor *tensor, sa_like *like)
 {
-    raw view = {0};
+    sa_raw view = {0};
     sa_like own;
-    const int found = raw_of_object(call, name, object, &view, like != NULL ? like : &own);
+    const int found = sa_raw_of_object(call, name, object, &view, like != NULL ? like : &own);
     if (found < 0) {
         return -1;
     }
@@ -328,193 +411,4 @@ int sa_view(sa_call *call, const char *name, PyObject *object, sa_tensor *tensor
     memcpy(tensor->shape, view.shape, sizeof tensor->shape);
     memcpy(tensor->stride, view.stride, sizeof tensor->stride);
     return dtype_of(call, name, view.dtype, &tensor->dtype);
-}
-
-/* --- auxiliary arrays ----------------------------------------------------------------------------------------------------------- */
-
-static double real_at(const char *at, DLDataType dtype)
-{
-    switch (dtype.code << 8 | dtype.bits) {
-    case DL_FLOAT << 8 | 64: return *(const double *)(const void *)at;
-    case DL_FLOAT << 8 | 32: return (double)*(const float *)(const void *)at;
-    case DL_FLOAT << 8 | 16: return (double)sa_f16_to_f32(*(const uint16_t *)(const void *)at);
-    default: return (double)sa_bf16_to_f32(*(const uint16_t *)(const void *)at);
-    }
-}
-
-static int64_t integer_at(const char *at, DLDataType dtype)
-{
-    switch (dtype.code << 8 | dtype.bits) {
-    case DL_INT << 8 | 8: return *(const int8_t *)at;
-    case DL_INT << 8 | 16: return *(const int16_t *)(const void *)at;
-    case DL_INT << 8 | 32: return *(const int32_t *)(const void *)at;
-    case DL_UINT << 8 | 8: return *(const uint8_t *)at;
-    case DL_UINT << 8 | 16: return *(const uint16_t *)(const void *)at;
-    case DL_UINT << 8 | 32: return *(const uint32_t *)(const void *)at;
-    default: return *(const int64_t *)(const void *)at; /* uint64 above 2^63 turns negative, which every check refuses */
-    }
-}
-
-static bool is_integer(DLDataType dtype)
-{
-    return (dtype.code == DL_INT || dtype.code == DL_UINT) && dtype.lanes == 1 && dtype.bits <= 64;
-}
-
-static bool is_real(DLDataType dtype)
-{
-    const bool known = (dtype.code == DL_FLOAT && (dtype.bits == 16 || dtype.bits == 32 || dtype.bits == 64)) ||
-                       (dtype.code == DL_BFLOAT && dtype.bits == 16);
-    return known && dtype.lanes == 1;
-}
-
-/* The raw view of an auxiliary argument; lists and NumPy scalars become arrays first. */
-static int raw_of_auxiliary(sa_call *call, const char *name, PyObject *object, raw *out)
-{
-    sa_like like;
-    int found = PyBool_Check(object) ? 0 : raw_of_object(call, name, object, out, &like);
-    if (found == 0 && !PyBool_Check(object)) {
-        PyObject *array = PyArray_FROM_O(object);
-        if (array == NULL || hold(call, array) < 0) {
-            return -1;
-        }
-        found = raw_of_numpy(call, name, (PyArrayObject *)array, out) < 0 ? -1 : 1;
-    }
-    if (found < 0) {
-        return -1;
-    }
-    if (found == 0 || out->dtype.code == DL_BOOL || !(is_integer(out->dtype) || is_real(out->dtype)) || out->rank > 4) {
-        PyErr_Format(PyExc_TypeError, "%s(): %s is %s%s, expected numbers", call->function, name,
-                     found && out->dtype.code == DL_BOOL ? "a bool array: " : "", Py_TYPE(object)->tp_name);
-        return -1;
-    }
-    return 0;
-}
-
-static int64_t element_count(const raw *view)
-{
-    int64_t count = 1;
-    for (int axis = 0; axis < view->rank; axis++) {
-        if (__builtin_mul_overflow(count, view->shape[axis], &count)) {
-            return INT64_MAX / 16;
-        }
-    }
-    return count;
-}
-
-static const char *element_at(const raw *view, int64_t index)
-{
-    int64_t offset = 0;
-    for (int axis = view->rank - 1; axis >= 0; axis--) {
-        offset += index % view->shape[axis] * view->stride[axis];
-        index /= view->shape[axis];
-    }
-    return view->data + offset * (view->dtype.bits / 8);
-}
-
-static void *take_memory(sa_call *call, int64_t count, size_t size)
-{
-    void *memory = call->memory_count < SA_MAX_HELD ? PyMem_Calloc((size_t)(count > 0 ? count : 1), size) : NULL;
-    if (memory == NULL) {
-        PyErr_NoMemory();
-        return NULL;
-    }
-    call->memory[call->memory_count++] = memory;
-    return memory;
-}
-
-int sa_cast_floats(sa_call *call, const char *name, PyObject *object, sa_floats *out)
-{
-    if (object == Py_None) {
-        return 0;
-    }
-    if (PyFloat_CheckExact(object) && call->small_float_count < SA_MAX_HELD) {
-        float *place = &call->small_floats[call->small_float_count++];
-        *place = (float)PyFloat_AS_DOUBLE(object);
-        *out = (sa_floats){.data = place};
-        return 0;
-    }
-    raw view = {0};
-    if (raw_of_auxiliary(call, name, object, &view) < 0) {
-        return -1;
-    }
-    const int64_t count = element_count(&view);
-    float *data = take_memory(call, count, sizeof *data);
-    if (data == NULL) {
-        return -1;
-    }
-    for (int64_t i = 0; i < count; i++) {
-        const char *at = element_at(&view, i);
-        data[i] = is_integer(view.dtype) ? (float)integer_at(at, view.dtype) : (float)real_at(at, view.dtype);
-    }
-    *out = (sa_floats){.data = data, .rank = view.rank};
-    memcpy(out->shape, view.shape, sizeof out->shape);
-    return 0;
-}
-
-int sa_cast_ints(sa_call *call, const char *name, PyObject *object, sa_ints *out)
-{
-    if (object == Py_None) {
-        return 0;
-    }
-    if (PyLong_CheckExact(object) && call->small_int_count < SA_MAX_HELD) {
-        int64_t *place = &call->small_ints[call->small_int_count++];
-        bool given;
-        *out = (sa_ints){.data = place};
-        return sa_parse_int(call, name, object, place, &given);
-    }
-    raw view = {0};
-    if (raw_of_auxiliary(call, name, object, &view) < 0) {
-        return -1;
-    }
-    const int64_t count = element_count(&view);
-    if (!is_integer(view.dtype) && count > 0) {
-        PyErr_Format(PyExc_TypeError, "%s(): %s holds floating-point numbers, expected integers", call->function, name);
-        return -1;
-    }
-    int64_t *data = take_memory(call, count, sizeof *data);
-    if (data == NULL) {
-        return -1;
-    }
-    for (int64_t i = 0; i < count; i++) {
-        data[i] = integer_at(element_at(&view, i), view.dtype);
-    }
-    *out = (sa_ints){.data = data, .rank = view.rank};
-    memcpy(out->shape, view.shape, sizeof out->shape);
-    return 0;
-}
-
-int sa_parse_int(sa_call *call, const char *name, PyObject *object, int64_t *out, bool *given)
-{
-    *given = object != Py_None;
-    if (!*given) {
-        return 0;
-    }
-    PyObject *index = PyBool_Check(object) || PyArray_IsScalar(object, Bool) ? NULL : PyNumber_Index(object);
-    if (index == NULL) {
-        PyErr_Format(PyExc_TypeError, "%s(): %s is %s, expected an int", call->function, name, Py_TYPE(object)->tp_name);
-        return -1;
-    }
-    int overflow;
-    const long long value = PyLong_AsLongLongAndOverflow(index, &overflow);
-    Py_DECREF(index);
-    if (overflow != 0) {
-        PyErr_Format(PyExc_ValueError, "%s(): %s does not fit 64 bits", call->function, name);
-        return -1;
-    }
-    *out = value;
-    return 0;
-}
-
-int sa_parse_float(sa_call *call, const char *name, PyObject *object, double *out, bool *given)
-{
-    *given = object != Py_None;
-    if (!*given) {
-        return 0;
-    }
-    *out = PyBool_Check(object) || PyArray_IsScalar(object, Bool) ? -1.0 : PyFloat_AsDouble(object);
-    if (PyBool_Check(object) || PyArray_IsScalar(object, Bool) || PyErr_Occurred()) {
-        PyErr_Format(PyExc_TypeError, "%s(): %s is %s, expected a number", call->function, name, Py_TYPE(object)->tp_name);
-        return -1;
-    }
-    return 0;
 }

@@ -14,7 +14,7 @@
 /* What a module keeps. */
 typedef struct sa_module {
     PyTypeObject *cache_type, *buffer_type;
-    PyObject *exchange_name, *dlpack_name, *device_name, *grad_name; /* interned */
+    PyObject *exchange_name, *dlpack_name, *device_name, *grad_name, *negated_name; /* interned */
 } sa_module;
 
 typedef enum sa_kind { SA_KIND_NUMPY, SA_KIND_EXCHANGE, SA_KIND_DLPACK } sa_kind;
@@ -43,6 +43,9 @@ typedef struct sa_call {
 
 void sa_call_end(sa_call *call);
 
+/* Keeps an owned reference until the end of the call. On failure it is released. */
+int sa_hold(sa_call *call, PyObject *owned);
+
 /* A strided float32 / float16 / bfloat16 array of at most 4 dimensions on the CPU. `like` may be NULL. -1 with an exception. */
 int sa_view(sa_call *call, const char *name, PyObject *object, sa_tensor *tensor, sa_like *like);
 
@@ -52,6 +55,7 @@ int sa_cast_ints(sa_call *call, const char *name, PyObject *object, sa_ints *out
 
 /* Plain numbers; None leaves *given false. bool is refused. */
 int sa_parse_int(sa_call *call, const char *name, PyObject *object, int64_t *out, bool *given);
+int sa_parse_bool(sa_call *call, const char *name, PyObject *object, bool *out);
 int sa_parse_float(sa_call *call, const char *name, PyObject *object, double *out, bool *given);
 
 /* A new dense array of q's kind. *data points to its memory; `dtype` is q's or SA_F32. */
@@ -73,7 +77,7 @@ void sa_release(sa_released *released);
 void sa_reacquire(sa_released *released);
 
 extern PyType_Spec sa_buffer_spec, sa_cache_spec;
-extern PyMethodDef sa_attend_methods[], sa_info_methods[];
+extern PyMethodDef sa_attend_methods[], sa_merge_methods[], sa_info_methods[];
 sa_module *sa_module_of(PyObject *module);
 
 #endif

@@ -11,7 +11,9 @@ typedef struct cache_object {
     atomic_flag busy;
 } cache_object;
 
+/* clang-format off */
 enum { Q, K, V, NEW_LENGTHS, SINK_LOGITS, SINK_BIAS, SINK_KV, SCALE, SOFTCAP, ALIBI_SLOPES, OUT, RETURN_LSE, RETURN_MASS, ARGUMENTS };
+/* clang-format on */
 
 static sa_cache *enter(PyObject *self)
 {
@@ -99,8 +101,10 @@ static PyObject *attend_locked(sa_call *call, sa_cache *cache, PyObject *const *
     sa_attend_params params = {.function = call->function, .mass_queries = -1, .pinned = sa_cache_describe(cache)->pinned};
     sa_results results = {0};
     PyObject *answer = NULL;
-    const int return_lse = PyObject_IsTrue(arguments[RETURN_LSE]), return_mass = PyObject_IsTrue(arguments[RETURN_MASS]);
-    if (return_lse < 0 || return_mass < 0 || parse(call, arguments, &params, &results.like) < 0) {
+    bool return_lse, return_mass;
+    if (sa_parse_bool(call, "return_lse", arguments[RETURN_LSE], &return_lse) < 0 ||
+        sa_parse_bool(call, "return_mass", arguments[RETURN_MASS], &return_mass) < 0 ||
+        parse(call, arguments, &params, &results.like) < 0) {
         goto end;
     }
     sa_status status = sa_cache_attend_check(cache, &params);

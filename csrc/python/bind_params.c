@@ -1,10 +1,22 @@
 #include "bind_params.h"
 
+int sa_view_given(sa_call *call, const char *name, PyObject *object, sa_tensor *tensor)
+{
+    if (sa_view(call, name, object, tensor, NULL) < 0) {
+        return -1;
+    }
+    if (tensor->rank == 0) { /* which would mean: not given */
+        PyErr_Format(PyExc_ValueError, "%s(): %s has 0 dimensions, expected an array with axes", call->function, name);
+        return -1;
+    }
+    return 0;
+}
+
 int sa_parse_tensors(sa_call *call, PyObject *q, PyObject *k, PyObject *v, PyObject *out, sa_attend_params *params, sa_like *like)
 {
     return sa_view(call, "q", q, &params->query, like) < 0 || sa_view(call, "k", k, &params->key, NULL) < 0 ||
                    sa_view(call, "v", v, &params->value, NULL) < 0 ||
-                   (out != Py_None && sa_view(call, "out", out, &params->output, NULL) < 0)
+                   (out != Py_None && sa_view_given(call, "out", out, &params->output) < 0)
                ? -1
                : 0;
 }
@@ -19,11 +31,16 @@ static int parse_sink_kv(sa_call *call, PyObject *pair, sa_attend_params *params
         return -1;
     }
     if (PySequence_Fast_GET_SIZE(pair) != 2) {
-        PyErr_Format(PyExc_ValueError, "%s(): sink_kv has %zd entries, expected 2: (k_s, v_s)", call->function, PySequence_Fast_GET_SIZE(pair));
+        PyErr_Format(PyExc_ValueError, "%s(): sink_kv has %zd entries, expected 2: (k_s, v_s)", call->function,
+                     PySequence_Fast_GET_SIZE(pair));
         return -1;
     }
-    return sa_view(call, "sink_kv[0]", PySequence_Fast_GET_ITEM(pair, 0), &params->sink_key, NULL) < 0 ||
-                   sa_view(call, "sink_kv[1]", PySequence_Fast_GET_ITEM(pair, 1), &params->sink_value, NULL) < 0
+    PyObject *pair_held = PySequence_Tuple(pair); /* a list may lose its arrays while we run */
+    if (pair_held == NULL || sa_hold(call, pair_held) < 0) {
+        return -1;
+    }
+    return sa_view_given(call, "sink_kv[0]", PyTuple_GET_ITEM(pair_held, 0), &params->sink_key) < 0 ||
+                   sa_view_given(call, "sink_kv[1]", PyTuple_GET_ITEM(pair_held, 1), &params->sink_value) < 0
                ? -1
                : 0;
 }

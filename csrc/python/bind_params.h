@@ -14,6 +14,9 @@ typedef struct sa_results {
     bool out_given;
 } sa_results;
 
+/* An argument whose absence is rank 0: an array without axes is refused. */
+int sa_view_given(sa_call *call, const char *name, PyObject *object, sa_tensor *tensor);
+
 /* q, k, v and out (None: not given). `like` becomes the kind of q. */
 int sa_parse_tensors(sa_call *call, PyObject *q, PyObject *k, PyObject *v, PyObject *out, sa_attend_params *params, sa_like *like);
 int sa_parse_scores(sa_call *call, const sa_score_arguments *arguments, sa_attend_params *params);

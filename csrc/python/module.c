@@ -22,11 +22,13 @@ static int execute(PyObject *module)
     state->dlpack_name = PyUnicode_InternFromString("__dlpack__");
     state->device_name = PyUnicode_InternFromString("__dlpack_device__");
     state->grad_name = PyUnicode_InternFromString("requires_grad");
-    if (!state->exchange_name || !state->dlpack_name || !state->device_name || !state->grad_name) {
+    state->negated_name = PyUnicode_InternFromString("is_neg");
+    if (!state->exchange_name || !state->dlpack_name || !state->device_name || !state->grad_name || !state->negated_name) {
         return -1;
     }
     return add_type(module, &sa_cache_spec, &state->cache_type) < 0 || add_type(module, &sa_buffer_spec, &state->buffer_type) < 0 ||
-                   PyModule_AddFunctions(module, sa_attend_methods) < 0 || PyModule_AddFunctions(module, sa_info_methods) < 0
+                   PyModule_AddFunctions(module, sa_attend_methods) < 0 || PyModule_AddFunctions(module, sa_merge_methods) < 0 ||
+                   PyModule_AddFunctions(module, sa_info_methods) < 0
                ? -1
                : 0;
 }
@@ -48,6 +50,7 @@ static int clear(PyObject *module)
     Py_CLEAR(state->dlpack_name);
     Py_CLEAR(state->device_name);
     Py_CLEAR(state->grad_name);
+    Py_CLEAR(state->negated_name);
     return 0;
 }
 

@@ -126,8 +126,8 @@ static PyObject *buffer_dlpack(PyObject *self, PyObject *arguments, PyObject *ke
 {
     (void)arguments;
     PyObject *version = keywords != NULL ? PyDict_GetItemString(keywords, "max_version") : NULL;
-    const bool versioned = version != NULL && PyTuple_Check(version) && PyTuple_GET_SIZE(version) == 2 &&
-                           PyLong_AsLong(PyTuple_GET_ITEM(version, 0)) >= 1;
+    const bool versioned =
+        version != NULL && PyTuple_Check(version) && PyTuple_GET_SIZE(version) == 2 && PyLong_AsLong(PyTuple_GET_ITEM(version, 0)) >= 1;
     return versioned ? versioned_capsule((buffer *)self) : legacy_capsule((buffer *)self);
 }
 
@@ -225,7 +225,7 @@ PyObject *sa_new_result(sa_call *call, const sa_like *like, sa_dtype dtype, int 
     return result;
 }
 
-/* The from_dlpack of an object's library: its array namespace, else the package of its type, else NumPy. Owned, or NULL. */
+/* The from_dlpack of an object's library: its array namespace, else the package of its type. Owned; NULL without exception: it has none. */
 static PyObject *find_from_dlpack(PyObject *object)
 {
     PyObject *space = PyObject_CallMethod(object, "__array_namespace__", NULL);
@@ -243,11 +243,39 @@ static PyObject *find_from_dlpack(PyObject *object)
     Py_XDECREF(space);
     if (function == NULL) {
         PyErr_Clear();
-        PyObject *numpy = PyImport_ImportModule("numpy");
-        function = numpy != NULL ? PyObject_GetAttrString(numpy, "from_dlpack") : NULL;
-        Py_XDECREF(numpy);
     }
     return function;
+}
+
+/* For a library without from_dlpack: a NumPy array over the buffer, which NumPy's own import cannot make of bfloat16. */
+static PyObject *numpy_over_buffer(PyObject *result)
+{
+    buffer *self = (buffer *)result;
+    PyArray_Descr *descr = NULL;
+    if (self->tensor.dtype.code == DL_BFLOAT) {
+        PyObject *module = PyImport_ImportModule("ml_dtypes");
+        PyObject *type = module != NULL ? PyObject_GetAttrString(module, "bfloat16") : NULL;
+        if (type == NULL || !PyArray_DescrConverter(type, &descr)) {
+            descr = NULL;
+        }
+        Py_XDECREF(type);
+        Py_XDECREF(module);
+    } else {
+        descr = PyArray_DescrFromType(self->tensor.dtype.bits == 32 ? NPY_FLOAT32 : NPY_FLOAT16);
+    }
+    if (descr == NULL) {
+        return NULL;
+    }
+    npy_intp extents[4];
+    for (int axis = 0; axis < self->tensor.ndim; axis++) {
+        extents[axis] = (npy_intp)self->shape[axis];
+    }
+    PyObject *array =
+        PyArray_NewFromDescr(&PyArray_Type, descr, self->tensor.ndim, extents, NULL, self->tensor.data, NPY_ARRAY_CARRAY, NULL);
+    if (array != NULL && PyArray_SetBaseObject((PyArrayObject *)array, Py_NewRef(result)) < 0) {
+        Py_CLEAR(array);
+    }
+    return array;
 }
 
 PyObject *sa_finish_result(sa_call *call, const sa_like *like, PyObject *result)
@@ -257,7 +285,7 @@ PyObject *sa_finish_result(sa_call *call, const sa_like *like, PyObject *result)
         return result;
     }
     PyObject *from_dlpack = find_from_dlpack(like->object);
-    PyObject *converted = from_dlpack != NULL ? PyObject_CallOneArg(from_dlpack, result) : NULL;
+    PyObject *converted = from_dlpack != NULL ? PyObject_CallOneArg(from_dlpack, result) : numpy_over_buffer(result);
     Py_XDECREF(from_dlpack);
     Py_DECREF(result);
     return converted;
