@@ -77,6 +77,46 @@ static bool columns_of_chunk(const span *s, const sa_run *run, int64_t r0, int64
     return all->low < all->high;
 }
 
+/* Is a pinned column of the block removed for every head of the group? Then nobody sees what its key and value hold. */
+static bool removed_for_all(const span *s, const sa_run *run, int64_t key)
+{
+    for (int64_t head = s->kv_head * s->group; head < (s->kv_head + 1) * s->group; head++) {
+        if (!sa_removed(s->problem, run, head, key)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool removes_any(const span *s, const sa_run *run, int64_t begin, sa_range need)
+{
+    for (int64_t column = need.low; column < need.high && s->problem->sink_bias != NULL && run->kind == SA_RUN_PINNED; column++) {
+        if (removed_for_all(s, run, begin + column)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A weight of zero times NaN is NaN: the values of removed columns leave the panels. Their scores are masked by the bias itself. */
+static void clear_removed(const span *s, const sa_run *run, int64_t begin, sa_range need)
+{
+    const int64_t rows = words_of(s->pairs, BLOCK_KEYS);
+    for (int64_t column = need.low; column < need.high; column++) {
+        if (!removed_for_all(s, run, begin + column)) {
+            continue;
+        }
+        for (int64_t i = 0; i < s->acc_stride; i++) {
+            float *panel = s->values + i / TILE_COLUMNS * rows * TILE_COLUMNS + i % TILE_COLUMNS;
+            if (s->pairs) {
+                ((uint16_t *)(void *)(panel + column / 2 * TILE_COLUMNS))[column % 2] = 0;
+            } else {
+                panel[column * TILE_COLUMNS] = 0.0f;
+            }
+        }
+    }
+}
+
 static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_range need)
 {
     const sa_problem *p = s->problem;
@@ -86,6 +126,9 @@ static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_ran
     const float *query = query_for(s, run);
     key_packer(p->dtype, s->pairs)(sa_at(run->key, p->dtype, key), run->key_stride, p->depth, need.low, need.high, s->keys);
     value_packer(p->dtype, s->pairs)(sa_at(run->value, p->dtype, value), run->value_stride, p->depth_v, need.low, need.high, s->values);
+    if (removes_any(s, run, begin, need)) {
+        clear_removed(s, run, begin, need);
+    }
 
     for (int64_t r0 = 0; r0 < s->rows; r0 += CHUNK_ROWS) {
         const int64_t rows = min_i64(CHUNK_ROWS, s->rows - r0);
@@ -147,7 +190,7 @@ static void span_blocks(const span *s, int64_t first, int64_t last, const sa_wor
             if (sa_worker_stopped(worker)) {
                 return;
             }
-            if (s->direct) {
+            if (s->direct && !removes_any(s, run, begin, need)) {
                 block_direct(s, run, begin, need);
             } else {
                 block_packed(s, run, begin, need);

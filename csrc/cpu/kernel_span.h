@@ -2,6 +2,7 @@
 #ifndef SA_KERNEL_SPAN_H
 #define SA_KERNEL_SPAN_H
 
+#include <float.h>
 #include <math.h>
 
 #include "../core/softmax.h"
@@ -143,6 +144,7 @@ VEC_INLINE vec_f32 score_of(vec_f32 product, const row_terms *terms, int64_t col
     if (terms->bias != NULL) {
         const vec_f32 bias = load_part(SA_F32, terms->bias, column, terms->bias_count - column);
         x = vec_fma(bias, vec_set1((float)SA_LOG2E), x);
+        x = vec_select_below(bias, -FLT_MAX, vec_set1(-INFINITY), x); /* removed: not even its NaN counts */
     }
     if (terms->slope != 0.0f) {
         const vec_f32 away = vec_sub(vec_set1(terms->distance - (float)column), vec_iota());
