@@ -160,8 +160,11 @@ static void block_direct(const span *s, const sa_run *run, int64_t begin, sa_ran
     const sa_problem *p = s->problem;
     const int64_t key = s->kv_head * run->key_head_stride + begin * run->key_stride;
     const int64_t value = s->kv_head * run->value_head_stride + begin * run->value_stride;
-    const direct_keys keys = {sa_at(run->key, p->dtype, key), run->key_stride, need.low, need.high};
-    const direct_keys values = {sa_at(run->value, p->dtype, value), run->value_stride, need.low, need.high};
+    const int64_t size = sa_dtype_size(p->dtype), next_key = key + BLOCK_KEYS * run->key_stride;
+    const int64_t key_step = run->key_stride * size, value_step = run->value_stride * size;
+    const char *first_key = sa_at(run->key, p->dtype, key), *first_value = sa_at(run->value, p->dtype, value);
+    const direct_rows keys = {first_key, first_value, key_step, value_step, need.low, need.high};
+    const direct_rows values = {first_value, sa_at(run->key, p->dtype, next_key), value_step, key_step, need.low, need.high};
     const int64_t low = need.low / LANES * LANES, high = round_up(need.high, LANES);
     score_direct(p->dtype, s->pairs, query_for(s, run), s->query_stride, s->rows, &keys, p->depth, s->scores);
     for (int64_t r = 0; r < s->rows; r++) {
@@ -262,11 +265,11 @@ static int64_t span_scratch(const attend_job *job)
 
 static void clear_span(const span *s)
 {
-    for (int64_t r = 0; r < round_up(s->rows, TILE_ROWS); r++) {
+    for (int64_t r = 0; r < padded_rows(s); r++) {
         s->maximum[r] = -INFINITY;
         s->sum[r] = 0.0f;
     }
-    memset(s->acc, 0, (size_t)(round_up(s->rows, TILE_ROWS) * s->acc_stride) * sizeof(float));
+    memset(s->acc, 0, (size_t)(padded_rows(s) * s->acc_stride) * sizeof(float));
 }
 
 static void write_span(const span *s)

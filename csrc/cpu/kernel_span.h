@@ -27,6 +27,12 @@ typedef struct span {
     float *weights;              /* bf16 pairs [CHUNK_ROWS, SCORE_STRIDE / 2] */
 } span;
 
+/* Register tiles work on whole tiles of rows. */
+static int64_t padded_rows(const span *s)
+{
+    return s->direct ? s->rows : round_up(s->rows, TILE_ROWS);
+}
+
 static void number_rows(const span *s)
 {
     for (int64_t r = 0; r < s->rows; r++) {
@@ -53,7 +59,7 @@ static void load_queries(const span *s, const void *data, int64_t head_stride, i
                                            : load_part(dtype, data, offset + word, depth - word));
         }
     }
-    memset(out + s->rows * s->query_stride, 0, (size_t)((round_up(s->rows, TILE_ROWS) - s->rows) * s->query_stride) * sizeof *out);
+    memset(out + s->rows * s->query_stride, 0, (size_t)((padded_rows(s) - s->rows) * s->query_stride) * sizeof *out);
 }
 
 static void load_span_queries(const span *s)
