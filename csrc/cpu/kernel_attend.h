@@ -4,7 +4,7 @@
  *
  * A task is a span of queries of one kv head with its whole group of query heads, against the blocks that some query of it sees, so
  * time grows with what is visible. Each block of K and V is packed once for the span (many rows) or read in place (few rows: decode).
- * Few rows against many keys are split into pieces of 512 keys, merged in order by whoever finishes last.
+ * Few rows against many keys are split into pieces of 512 keys or more, merged in order by whoever finishes last.
  *
  * Nothing in a row's arithmetic depends on the span, the chunk or the thread that it was computed in: blocks lie on a grid fixed to the
  * run, sums run in key order, and a column that a row does not see adds an exact zero. So results do not depend on threads or on batch
@@ -34,7 +34,8 @@
 enum {
     SPAN_ROWS = 384,   /* Q and O of a span stay in L2 */
     SPLIT_ROWS = 64,   /* at most so many rows are worth splitting the keys for */
-    SPLIT_BLOCKS = 4,
+    SPLIT_BLOCKS = 4,  /* a piece is not shorter */
+    SPLIT_PIECES = 32, /* per kv head: more than enough for every thread, few enough that starting one costs little */
 };
 
 /* Partial results of the pieces of one (row, kv head). */
@@ -42,6 +43,7 @@ typedef struct row_plan {
     int64_t first_task; /* tasks of a row: [kv head][span or piece] */
     int64_t span_count, span_queries;
     int64_t pieces;      /* 1: not split */
+    int64_t piece_blocks;
     float *partial;      /* [heads_kv, pieces, rows, acc_stride + 2] */
     atomic_int *missing; /* [heads_kv] pieces not finished */
 } row_plan;
@@ -382,7 +384,7 @@ static void attend_task(void *context, int64_t task, sa_worker *worker)
         write_span(&s);
         return;
     }
-    span_blocks(&s, part * SPLIT_BLOCKS, (part + 1) * SPLIT_BLOCKS, worker);
+    span_blocks(&s, part * plan->piece_blocks, (part + 1) * plan->piece_blocks, worker);
     save_piece(plan, &s, part);
     if (atomic_fetch_sub(&plan->missing[kv_head], 1) == 1) {
         join_pieces(plan, &s);
@@ -390,19 +392,21 @@ static void attend_task(void *context, int64_t task, sa_worker *worker)
     }
 }
 
-/* How many pieces a row's keys are cut into: by its own shape alone. */
-static int64_t pieces_of(const attend_job *job, const sa_row *row)
+/* How a row's keys are cut into pieces: by its own shape alone. */
+static void cut_row(const attend_job *job, const sa_row *row, row_plan *plan)
 {
+    plan->pieces = 1;
     const int64_t rows = row->query_count * (job->problem->heads_q / job->problem->heads_kv);
     if (row->query_count == 0 || rows > SPLIT_ROWS) {
-        return 1;
+        return;
     }
-    int64_t most = 1;
+    int64_t most = 0;
     for (int64_t kv_head = 0; kv_head < job->problem->heads_kv; kv_head++) {
         const span s = make_span(job, row, kv_head, 0, row->query_count, false, NULL);
-        most = max_i64(most, ceil_div(count_blocks(&s), SPLIT_BLOCKS));
+        most = max_i64(most, count_blocks(&s));
     }
-    return most;
+    plan->piece_blocks = max_i64(ceil_div(most, SPLIT_PIECES), SPLIT_BLOCKS);
+    plan->pieces = max_i64(ceil_div(most, plan->piece_blocks), 1);
 }
 
 static double flops_of(const attend_job *job)
@@ -447,7 +451,7 @@ static sa_status plan_job(const sa_problem *p, attend_job *job)
     for (int64_t i = 0; i < p->row_count; i++) {
         row_plan *plan = &job->rows[i];
         const int64_t count = p->rows[i].query_count, rows = count * group;
-        plan->pieces = pieces_of(job, &p->rows[i]);
+        cut_row(job, &p->rows[i], plan);
         plan->span_queries = rows <= SPLIT_ROWS ? max_i64(count, 1) : queries;
         plan->span_count = max_i64(ceil_div(count, plan->span_queries), 1);
         plan->first_task = job->tasks;
