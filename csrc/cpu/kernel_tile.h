@@ -250,7 +250,7 @@ VEC_INLINE void prefetch_ahead(const direct_rows *rows, int64_t row, int64_t byt
     const char *at = ahead < rows->high ? rows->data + ahead * rows->stride : rows->next + (ahead - rows->high) * rows->next_stride;
 #pragma GCC unroll 8
     for (int64_t byte = 0; byte < bytes; byte += 64) {
-        __builtin_prefetch(at + byte, 0, 3);
+        __builtin_prefetch(at + byte, 0, 0);
     }
 }
 
