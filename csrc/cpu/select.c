@@ -102,6 +102,27 @@ const sa_cpu_table *sa_table(void)
     return table;
 }
 
+static bool has_peak(const sa_peak_loops *loops, sa_peak_kind kind)
+{
+    if (loops == NULL) {
+        return false;
+    }
+    return kind == SA_PEAK_FMA ? loops->fma != NULL : kind == SA_PEAK_READ ? loops->read != NULL : loops->bf16_dot != NULL;
+}
+
+const sa_cpu_table *sa_table_with_peak(sa_peak_kind kind)
+{
+    if (has_peak(sa_table()->peak, kind)) {
+        return sa_table();
+    }
+    for (int i = ENTRIES - 1; i >= 0; i--) {
+        if (sa_table_usable(i) && has_peak(entries[i].table->peak, kind)) {
+            return entries[i].table;
+        }
+    }
+    return NULL;
+}
+
 const char *sa_table_chosen(void)
 {
     return sa_table()->name;
