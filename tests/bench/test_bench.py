@@ -63,7 +63,7 @@ def test_the_statement_finds_a_wrong_row():
 def test_sets_go_round_and_the_last_result_is_known():
     seen = []
     one = Contestant("sinkattn", "f", lambda x: seen.append(x) or x * x, [(0,), (1,), (2,)], None)
-    times, = clock.interleave([one], 3, 3, settle=0.0, repeat=1e-9)
+    times, = clock.interleave([one], 3, 3, settle=False, repeat=1e-9)
     assert seen == [i % 3 for i in range(len(seen))]
     index, result = times.last
     assert result == index * index and len(times.seconds) == 3
