@@ -52,8 +52,9 @@ def run_calls(contestant, indices):
     return (time.perf_counter() - begin) / len(batch), result
 
 
-def interleave(contestants, set_count, repeats, settle=True, repeat=REPEAT):
-    """Times of each contestant, in order."""
+def interleave(contestants, set_count, repeats, settle=True, repeat=REPEAT,
+               between=None):
+    """Times of each contestant, in order. between(): called once before each repeat."""
     rotation = Rotation(set_count)
     times = [Times() for _ in contestants]
     for one, timed in zip(contestants, times):
@@ -62,6 +63,9 @@ def interleave(contestants, set_count, repeats, settle=True, repeat=REPEAT):
         timed.calls = max(1, min(MOST_CALLS, math.ceil(repeat / max(seconds, 1e-9))))
     before = contestants[-1].who
     for _ in range(repeats):
+        if between is not None:
+            time.sleep(SETTLE[before] if settle else 0.0)
+            between()
         for one, timed in zip(contestants, times):
             time.sleep(SETTLE[before] if settle else 0.0)
             before = one.who

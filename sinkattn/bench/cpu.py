@@ -2,10 +2,11 @@
 
 Results, also of other devices, are plain numbers and strings:
     device, machine, versions, settings, skipped, notes
-    peaks    {kind: {rate, unit, table}}
+    peaks    {kind: {rate, median, trials, unit, table}}; rate: the best trial of the run
     lines    one for each contestant of each work: suite, work, title, dtype, who, form, kernel,
              median_s, min_s (per call), calls (timed in a repeat), repeats, flops, bytes,
-             unit, rate (of the median), limit, peak, percent, times_ours, error, bound, hot, note
+             unit, rate (of the median), limit, peak (the best trial among this work's own repeats),
+             percent, times_ours, error, bound, hot, note
     failed   titles of the works whose own result was out of bounds
 """
 
@@ -19,6 +20,7 @@ from . import counts, peers
 from .clock import interleave
 from .machine import (
     ASSUMED_CACHE,
+    KINDS_OF_LIMIT,
     MIB,
     Neighbours,
     Peaks,
@@ -53,10 +55,13 @@ def kernel_of(contestant):
     return f"{config['cpu_table']}, {' + '.join(ways)}"
 
 
-def time_work(work, repeats):
-    """The lines of a work; finish fills in what needs the peaks of the whole run."""
+def time_work(work, repeats, peaks):
+    """The lines of a work. Trials of the peak that limits it are interleaved with its repeats: on a
+    shared machine both have their slow moments."""
     sets = len(work.contestants[0].sets)
-    times = interleave(work.contestants, sets, repeats)
+    kinds = KINDS_OF_LIMIT[work.limit]
+    times = interleave(work.contestants, sets, repeats, between=lambda: peaks.measure(kinds))
+    peak = peaks.best_of_limit(work.limit, repeats)
     lines = []
     for one, timed in zip(work.contestants, times):
         lines.append({
@@ -64,7 +69,7 @@ def time_work(work, repeats):
             "who": one.who, "form": one.form, "kernel": None, "median_s": timed.median,
             "min_s": timed.least, "calls": timed.calls, "repeats": len(timed.seconds),
             "flops": work.flops, "bytes": work.bytes, "unit": work.unit, "limit": work.limit,
-            "error": one.error(*timed.last), "bound": work.bound, "hot": one.hot,
+            "peak": peak, "error": one.error(*timed.last), "bound": work.bound, "hot": one.hot,
             "note": work.note,
         })
     for one, line in zip(work.contestants, lines):
@@ -72,13 +77,12 @@ def time_work(work, repeats):
     return lines
 
 
-def finish(lines, peaks):
-    """Rates, percentages of the peaks, and times against our own."""
+def finish(lines):
+    """Rates, percentages of the peaks, times against our own."""
     first = {}
     for line in lines:
         useful = line.get(LIMIT_OF_UNIT.get(line["unit"]))
         line["rate"] = useful / line["median_s"] if useful else None
-        line["peak"] = peaks.rate(line["limit"]) if line["limit"] else None
         line["percent"] = counts.percent(line["rate"], line["peak"])
         ours = first.setdefault(line["title"], line)
         line["times_ours"] = counts.times_as_long(line["median_s"], ours["median_s"])
@@ -112,16 +116,13 @@ def run(options, say):
     arena = make_arena(sizes, cache_bytes, options.quick)
     lab = Lab(sizes, torch, peers.load_bfloat16(), arena, cache_bytes)
     peaks, neighbours, begun = Peaks(arena), Neighbours(), time.perf_counter()
-    trials = 1 if options.quick else 5
     lines = []
     for suite in options.suite:
-        say("peaks")
-        peaks.measure(trials)
+        peaks.measure()
         for work in SUITES[suite](lab):
             say(work.title)
-            lines += time_work(work, options.repeats)
-    peaks.measure(trials)
-    finish(lines, peaks)
+            lines += time_work(work, options.repeats, peaks)
+    finish(lines)
     if torch is None:
         lab.skip("torch: not installed, so no lines of torch; pip install 'sinkattn[bench]'")
     failed = [line["title"] for line in lines
@@ -132,9 +133,9 @@ def run(options, say):
                                         "busy_elsewhere": neighbours.share()},
         "versions": versions(torch),
         "settings": {"suites": list(options.suite), "repeats": options.repeats,
-                     "read_buffer_bytes": arena.size, "peak_trials": peaks.trials,
+                     "read_buffer_bytes": arena.size,
                      "seconds": time.perf_counter() - begun},
-        "peaks": peaks.best,
+        "peaks": peaks.summary(),
         "lines": lines,
         "skipped": lab.skipped,
         "failed": failed,

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -70,28 +71,37 @@ def versions(torch):
     }
 
 
+# bf16 work may take either road: its roof is the higher one.
+KINDS_OF_LIMIT = {"fma": ("fma",), "bf16_dot": ("fma", "bf16_dot"), "read": ("read",), None: ()}
+
+
 class Peaks:
-    """The best of all trials so far. The buffer is far above the last cache, and is the very memory
-    that the works on memory read."""
+    """Trials of what the machine can do at most. The buffer is far above the last cache, and is the
+    very memory that works on cold memory read."""
 
     def __init__(self, buffer):
-        self.buffer, self.best, self.trials = buffer, {}, 0
+        self.buffer = buffer
+        self.rates, self.tables = {kind: [] for kind in PEAK_UNITS}, {}
 
-    def measure(self, trials):
-        self.trials += trials
-        for kind, unit in PEAK_UNITS.items():
-            for _ in range(trials):
-                try:
-                    rate, table = _core.peak(kind, self.buffer if kind == "read" else None)
-                except NotImplementedError:
-                    break
-                if rate > self.best.get(kind, {"rate": 0.0})["rate"]:
-                    self.best[kind] = {"rate": rate, "unit": unit, "table": table}
+    def measure(self, kinds=tuple(PEAK_UNITS)):
+        """One trial of each."""
+        for kind in kinds:
+            try:
+                rate, table = _core.peak(kind, self.buffer if kind == "read" else None)
+            except NotImplementedError:
+                continue
+            self.rates[kind].append(rate)
+            self.tables[kind] = table
 
-    def rate(self, kind):
-        """bf16 work may take either road: its roof is the higher one."""
-        kinds = ("fma", "bf16_dot") if kind == "bf16_dot" else (kind,)
-        return max((self.best[k]["rate"] for k in kinds if k in self.best), default=None)
+    def best_of_limit(self, limit, trials):
+        """Over the last so many trials of its kinds; None where there are none."""
+        rates = [rate for kind in KINDS_OF_LIMIT[limit] for rate in self.rates[kind][-trials:]]
+        return max(rates, default=None)
+
+    def summary(self):
+        return {kind: {"rate": max(rates), "median": statistics.median(rates),
+                       "trials": len(rates), "unit": PEAK_UNITS[kind], "table": self.tables[kind]}
+                for kind, rates in self.rates.items() if rates}
 
 
 class Neighbours:

@@ -1,6 +1,6 @@
 """The table."""
 
-from .machine import PEAK_NAMES, PEAK_UNITS
+from .machine import PEAK_NAMES
 
 WIDTHS = (44, 20, 11, 11, 14, 8, 9, 9)
 HEAD = ("", "kernel", "median", "min", "rate", "of peak", "x ours", "error")
@@ -56,12 +56,12 @@ def work_text(title, lines):
 
 
 def peak_text(results):
-    peaks = [f"  {PEAK_NAMES.get(kind, kind):20} {quantity(peak['rate'], PEAK_UNITS.get(kind))}"
-             f" ({peak['table']})" for kind, peak in results["peaks"].items()]
-    settings = results["settings"]
-    return "\n".join([
-        f"peaks, measured in this run with the same threads, best of {settings['peak_trials']}; "
-        f"read: {settings['read_buffer_bytes'] / 2**20:.0f} MiB", *peaks])
+    lines = ["peaks of this machine, the same threads, timed between the repeats: best, median",
+             *(f"  {PEAK_NAMES.get(kind, kind):20} {quantity(peak['rate'], peak['unit']):>14} "
+               f"{quantity(peak['median'], peak['unit']):>14}   {peak['trials']} trials, "
+               f"{peak['table']}" for kind, peak in results["peaks"].items())]
+    lines[-1] += f", {results['settings']['read_buffer_bytes'] / 2**20:.0f} MiB"
+    return "\n".join(lines)
 
 
 def opening(results):
@@ -84,8 +84,9 @@ def closing(results):
     settings = results["settings"]
     lines = [
         f"Times: per call, of {settings['repeats']} interleaved repeats. Rates: useful work over "
-        "the median. x ours: their median over our first line.\nerror: relative L2 of the timed "
-        "call's result against float64, over a sample of rows."]
+        "the median. of peak: of the best trial between those repeats.\nx ours: their median over "
+        "our first line. error: relative L2 of the timed call's result against float64, over a "
+        "sample of rows."]
     lines += [f"Left out: {reason}." for reason in results["skipped"]]
     lines += [f"WRONG: the result of '{title}' is out of bounds." for title in results["failed"]]
     return "\n".join(lines)
