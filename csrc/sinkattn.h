@@ -133,7 +133,7 @@ sa_status sa_cache_restore(sa_cache *cache, const void *keys, const void *values
 
 /* --- the machine ---------------------------------------------------------------------------------------------------------------- */
 
-/* Kernel tables: "reference", "avx2", "avx512", "avx512bf16". The best usable one is chosen once; SINKATTN_CPU=<name> overrides. */
+/* Kernel tables: "reference", "avx2", "avx512", "avx512bf16", "neon", "neonbf16". The best usable one is chosen once; SINKATTN_CPU=<name> overrides. */
 int sa_table_count(void);
 const char *sa_table_name(int index);
 bool sa_table_built(int index);  /* compiled into this extension */

@@ -30,6 +30,16 @@ static const entry entries[] = {
 #else
     {"avx512bf16", NULL},
 #endif
+#ifdef SA_HAVE_NEON
+    {"neon", &sa_table_neon},
+#else
+    {"neon", NULL},
+#endif
+#ifdef SA_HAVE_NEONBF16
+    {"neonbf16", &sa_table_neonbf16},
+#else
+    {"neonbf16", NULL},
+#endif
 };
 
 enum { ENTRIES = sizeof entries / sizeof entries[0] };

@@ -30,6 +30,12 @@ extern const sa_cpu_table sa_table_avx512;
 #ifdef SA_HAVE_AVX512BF16
 extern const sa_cpu_table sa_table_avx512bf16;
 #endif
+#ifdef SA_HAVE_NEON
+extern const sa_cpu_table sa_table_neon;
+#endif
+#ifdef SA_HAVE_NEONBF16
+extern const sa_cpu_table sa_table_neonbf16;
+#endif
 
 /* The table in use. */
 const sa_cpu_table *sa_table(void);
