@@ -243,6 +243,37 @@ static void check_reference(call *c, const char *results, const char *what)
     free(lse);
 }
 
+/* --- rounding to half types: two keys of equal weight, whose mean is exact in fp32 ------------------------------------------------- */
+
+static int64_t test_rounding(sa_dtype dtype, int64_t queries)
+{
+    enum { DEPTH = 256 };
+    uint64_t random = 77;
+    sa_attend_params p = {.function = "attend",
+                          .query = new_tensor(dtype, 1, 1, queries, DEPTH, 0, &random),
+                          .key = new_tensor(dtype, 1, 1, 2, DEPTH, 0, &random),
+                          .value = new_tensor(dtype, 1, 1, 2, DEPTH, 0, &random),
+                          .output = new_tensor(dtype, 1, 1, queries, DEPTH, 0, &random),
+                          .mass_queries = -1};
+    memset(p.key.data, 0, (size_t)(2 * DEPTH * sa_dtype_size(dtype)));
+    for (int64_t i = 0; i < 2 * DEPTH; i++) {
+        const float value = normal(&random);
+        set_element(dtype, p.value.data, i, value < 0.0f ? value - 1.0f : value + 1.0f);
+    }
+    EXPECT(sa_attend_check(&p) == SA_OK && sa_attend(&p, no_poll) == SA_OK, "%s", sa_message());
+    for (int64_t i = 0; i < queries * DEPTH; i++) {
+        const double mean = 0.5 * (element(dtype, p.value.data, i % DEPTH) + element(dtype, p.value.data, DEPTH + i % DEPTH));
+        const uint16_t expected = dtype == SA_F16 ? sa_f32_to_f16((float)mean) : sa_f32_to_bf16((float)mean);
+        const uint16_t got = ((const uint16_t *)p.output.data)[i];
+        EXPECT(got == expected, "%s, %s: %a became %x, expected %x", sa_table_chosen(), sa_dtype_name(dtype), mean, got, expected);
+    }
+    free(p.query.data);
+    free(p.key.data);
+    free(p.value.data);
+    free(p.output.data);
+    return 1;
+}
+
 /* --- all of it -------------------------------------------------------------------------------------------------------------------- */
 
 static void test_call(const shape *s, sa_dtype dtype, unsigned features, const char *table)
@@ -273,7 +304,7 @@ int64_t test_kernels(void)
 {
     static const sa_dtype dtypes[] = {SA_F32, SA_F16, SA_BF16};
     const char *table = sa_table_chosen();
-    int64_t calls = 0;
+    int64_t calls = test_rounding(SA_F16, 1) + test_rounding(SA_BF16, 1) + test_rounding(SA_F16, 40) + test_rounding(SA_BF16, 40);
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         for (size_t f = 0; f < sizeof feature_sets / sizeof feature_sets[0]; f++) {
             for (int d = 0; d < 3; d++) {
