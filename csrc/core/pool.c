@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "integers.h"
 
@@ -100,7 +101,7 @@ static int64_t default_threads(void)
         return clamp_i64(CPU_COUNT(&set), 1, MAX_THREADS);
     }
 #endif
-    return 1;
+    return clamp_i64(sysconf(_SC_NPROCESSORS_ONLN), 1, MAX_THREADS);
 }
 
 int64_t sa_get_threads(void)
