@@ -536,7 +536,7 @@ static void commit(sa_cache *cache, const cache_chunk *chunk, int64_t b)
     sa_slots runs[3] = {{state.length, state.length, clamp_i64(ring->pinned - state.length, 0, after.length - state.length)}};
     const int64_t first = max_i64(max_i64(state.length, ring->pinned), after.low);
     const int count = 1 + sa_ring_runs(ring, first, after.length, runs + 1);
-    for (int i = 0; i < count; i++) {
+    for (int i = runs[0].count > 0 ? 0 : 1; i < count; i++) {
         write_slots(&key, b, runs[i].position - state.length, runs[i], cache->keys, slots);
         write_slots(value, b, runs[i].position - state.length, runs[i], cache->values, slots);
     }
