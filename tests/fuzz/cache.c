@@ -301,6 +301,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         t.rows[b] = (row_model){0, config->pinned};
     }
     t.random = fuzz_word(&in);
+    sa_set_threads(kind == 255 ? 3 : 1);
     for (int step = 0; step < 12 && in.size > 0; step++) {
         const uint8_t action = fuzz_byte(&in) % 16;
         switch (action) {
