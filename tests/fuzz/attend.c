@@ -3,7 +3,7 @@
 #include "../../csrc/cpu/table.h"
 #include "fuzz.h"
 
-enum { MOST_WORK = 150000 };
+enum { MOST_WORK = 80000 };
 
 typedef struct call {
     sa_attend_params params;

@@ -110,8 +110,9 @@ static void attend(twins *t, fuzz_input *in)
 {
     const sa_cache_config *config = &t->config;
     const uint8_t given = fuzz_byte(in), odd = fuzz_byte(in);
-    const int64_t tokens = fuzz_byte(in) < 200 ? fuzz_range(in, 0, 5) : fuzz_range(in, 0, 90);
     const int64_t heads = config->heads_kv * fuzz_range(in, 1, 3);
+    const int64_t longest = clamp_i64(9000 / (heads * (config->depth + config->depth_v)), 5, 90);
+    const int64_t tokens = fuzz_byte(in) < 200 ? fuzz_range(in, 0, 5) : fuzz_range(in, 0, longest);
     const int64_t query[4] = {config->batch + (odd == 255), heads, tokens, config->depth + (odd == 254)};
     const int64_t key[4] = {config->batch, config->heads_kv, tokens + (odd == 253), config->depth};
     const int64_t value[4] = {config->batch, config->heads_kv, key[2], config->depth_v + (odd == 252)};
@@ -142,7 +143,11 @@ static void attend(twins *t, fuzz_input *in)
     if ((given & 4) && config->pinned > 0 && heads * config->pinned <= 64) {
         p.sink_bias = (sa_floats){numbers, {heads, config->pinned}, 2};
     }
-    if (given & 8) {
+    bool far = false; /* distances beyond what fp32 tells apart */
+    for (int64_t b = 0; b < config->batch; b++) {
+        far = far || t->rows[b].length > 1 << 12;
+    }
+    if ((given & 8) && !far) {
         p.alibi_slopes = (sa_floats){numbers, {heads}, 1};
     }
     p.has_softcap = given & 16;

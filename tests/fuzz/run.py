@@ -22,7 +22,7 @@ MOST = 160  # inputs kept of a harness
 
 def build():
     common = [*native.SANITIZE, "-O2"]
-    objects = native.compile_core(BUILD / "objects", CLANG, [*common, "-fsanitize=fuzzer-no-link"])
+    objects = native.compile_core(BUILD / "objects", CLANG, common, ["-fsanitize=fuzzer-no-link"])
     for name in HARNESSES:
         native.link(BUILD / name, [HERE / f"{name}.c"], objects, CLANG, [*common, "-fsanitize=fuzzer"])
 
@@ -40,7 +40,7 @@ def unpack(name):
 def fuzz(name, seconds):
     """Returns how many inputs ran; raises where one of them found something."""
     folder = unpack(name)
-    command = [str(BUILD / name), str(folder), f"-max_total_time={seconds}", "-max_len=600",
+    command = [str(BUILD / name), str(folder), f"-max_total_time={seconds}", "-max_len=400", "-len_control=10",
                "-print_final_stats=1", "-timeout=20", "-verbosity=0", f"-artifact_prefix={BUILD}/{name}-"]
     done = subprocess.run(command, capture_output=True, text=True)
     runs = re.search(r"number_of_executed_units: (\d+)", done.stderr)
