@@ -29,6 +29,7 @@ ISA_FLAGS = {
     "attend_avx2.c": (AVX2, "__AVX2__"),
     "attend_avx512.c": (AVX512, "__AVX512F__"),
     "attend_avx512bf16.c": ([*AVX512, "-mavx512bf16"], "__AVX512BF16__"),
+    "attend_amx.c": ([*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"], "__AMX_BF16__"),
     "attend_neon.c": ([], "__aarch64__"),
     "attend_neonbf16.c": (["-march=armv8.2-a+bf16"], "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC"),
 }
