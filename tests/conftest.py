@@ -1,9 +1,13 @@
 import os
 
+import errors
 import pytest
 from hypothesis import HealthCheck, settings
 
 from sinkattn.config import cpu_tables, use_cpu_table
+
+if errors.LOG:
+    errors.watch()
 
 TABLES = ("reference", "avx2", "avx512", "avx512bf16", "neon", "neonbf16")
 

@@ -8,7 +8,7 @@
 
 #include "integers.h"
 
-enum { MAX_DEPTH = 256 };
+enum { MAX_DEPTH = 256, SIZE_BITS = 52, STRIDE_BITS = 56 };
 
 int64_t sa_dtype_size(sa_dtype dtype)
 {
@@ -62,10 +62,12 @@ sa_status sa_check_size(const char *function, const char *name, const int64_t *s
             const text came = shape_text(shape, rank);
             return sa_fail(SA_VALUE_ERROR, "%s(): %s has a negative extent: %s", function, name, came.characters);
         }
-        /* An empty axis does not excuse the others: offsets are computed from them. */
-        if (!product_fits(bytes, max_i64(shape[axis], 1), &bytes)) {
+        /* An empty axis does not excuse the others: offsets are computed from them. The limit is beyond what a machine addresses and
+         * leaves room for what is derived: a few hundred bytes for each row, partial results for each head. */
+        if (!product_fits(bytes, max_i64(shape[axis], 1), &bytes) || bytes >> SIZE_BITS != 0) {
             const text came = shape_text(shape, rank);
-            return sa_fail(SA_VALUE_ERROR, "%s(): %s has shape %s, whose size does not fit 63 bits", function, name, came.characters);
+            return sa_fail(SA_VALUE_ERROR, "%s(): %s has shape %s, whose size does not fit %d bits", function, name, came.characters,
+                           SIZE_BITS);
         }
     }
     return SA_OK;
@@ -86,23 +88,19 @@ typedef struct extent {
     int64_t low, high;
 } extent;
 
+/* False where an offset, or one step past an end (empty ranges begin there), is too far away. Strides of empty axes count as well. */
 static bool extent_of(const sa_tensor *tensor, extent *out)
 {
-    *out = (extent){0, 0};
-    if (is_empty(tensor)) {
-        *out = (extent){0, -1};
-        return true;
-    }
+    extent reach = {0, 0};
     for (int axis = 0; axis < tensor->rank; axis++) {
-        int64_t reach, bytes;
-        if (!product_fits(tensor->stride[axis], tensor->shape[axis] - 1, &reach) || !product_fits(reach, 8, &bytes)) {
+        const int64_t stride = tensor->stride[axis], limit = (int64_t)1 << STRIDE_BITS;
+        int64_t past;
+        if (!product_fits(stride, max_i64(tensor->shape[axis], 1), &past) || past < -limit || past > limit) {
             return false;
         }
-        int64_t *end = reach < 0 ? &out->low : &out->high;
-        if (__builtin_add_overflow(*end, reach, end)) {
-            return false;
-        }
+        *(past < 0 ? &reach.low : &reach.high) += past - stride;
     }
+    *out = is_empty(tensor) ? (extent){0, -1} : reach;
     return true;
 }
 
@@ -116,7 +114,7 @@ static sa_status check_memory(const char *function, const char *name, const sa_t
     }
     extent reach;
     if (!extent_of(tensor, &reach)) {
-        return sa_fail(SA_VALUE_ERROR, "%s(): the strides of %s do not fit 63 bits", function, name);
+        return sa_fail(SA_VALUE_ERROR, "%s(): the strides of %s do not fit %d bits", function, name, STRIDE_BITS);
     }
     return SA_OK;
 }

@@ -200,8 +200,9 @@ static void *worker_main(void *argument)
             return NULL;
         }
         seen = atomic_load(&pool.generation);
-        sa_worker worker = {.scratch = pool.scratch[index].memory, .job = pool.job, .caller = false};
-        if (worker.job != NULL) {
+        sa_worker worker = {.job = pool.job, .caller = false};
+        if (worker.job != NULL) { /* else the scratch may be the owner's to move */
+            worker.scratch = pool.scratch[index].memory;
             pool.joined++;
             pthread_mutex_unlock(&pool.lock);
             keep_off(worker.job->caller_processor);
@@ -261,8 +262,9 @@ static sa_status grow(sa_scratch *scratch, int64_t bytes)
     if (scratch->bytes >= bytes) {
         return SA_OK;
     }
-    free(scratch->memory);
-    *scratch = (sa_scratch){NULL, 0};
+    void *old = scratch->memory;
+    *scratch = (sa_scratch){NULL, 0}; /* first: another thread may fork here, and its child must not see what is freed */
+    free(old);
     if (posix_memalign(&scratch->memory, 64, (size_t)bytes) != 0) {
         scratch->memory = NULL;
         return sa_no_memory("kernel scratch", bytes);

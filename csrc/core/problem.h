@@ -98,10 +98,10 @@ static inline int64_t sa_mass_slot(const sa_run *run, int64_t index)
     return run->mass_index < 0 || index < run->mass_skip ? -1 : run->mass_index + index - run->mass_skip;
 }
 
-/* Element `offset` of an array of a dtype. */
+/* Element `offset` of an array of a dtype. In integers: an empty array may have no memory to point into. */
 static inline const void *sa_at(const void *data, sa_dtype dtype, int64_t offset)
 {
-    return (const char *)data + offset * (dtype == SA_F32 ? 4 : 2);
+    return (const void *)((uintptr_t)data + (uintptr_t)(offset * (dtype == SA_F32 ? 4 : 2)));
 }
 
 #endif

@@ -6,12 +6,15 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "../core/check.h"
 #include "../core/plan.h"
 #include "../core/ring.h"
 #include "../core/rope.h"
 #include "table.h"
+
+enum { ROTATE_TOKENS = 16 };
 
 struct sa_cache {
     sa_cache_config config;
@@ -52,6 +55,22 @@ static void *clear_memory(int64_t bytes)
     return calloc(1, (size_t)max_i64(bytes, 1));
 }
 
+/* Keys or values, zeroed: rows on the borders of cache lines, and in large pages where the system has them, since every step walks it all. */
+static void *clear_storage(int64_t bytes)
+{
+    const size_t page = (size_t)2 << 20, size = (size_t)max_i64(bytes, 1);
+    void *memory;
+    if (posix_memalign(&memory, size >= 2 * page ? page : 64, size) != 0) {
+        return NULL;
+    }
+#ifdef MADV_HUGEPAGE
+    if (size >= 2 * page) {
+        (void)madvise(memory, size, MADV_HUGEPAGE);
+    }
+#endif
+    return memset(memory, 0, size);
+}
+
 sa_status sa_cache_new(const sa_cache_config *config, sa_cache **out)
 {
     SA_TRY(check_config(config));
@@ -64,8 +83,8 @@ sa_status sa_cache_new(const sa_cache_config *config, sa_cache **out)
     const int64_t rows = config->batch * config->heads_kv * sa_cache_slots(cache) * sa_dtype_size(config->dtype);
     cache->key_bytes = rows * config->depth;
     cache->value_bytes = rows * config->depth_v;
-    cache->keys = clear_memory(cache->key_bytes);
-    cache->values = clear_memory(cache->value_bytes);
+    cache->keys = clear_storage(cache->key_bytes);
+    cache->values = clear_storage(cache->value_bytes);
     cache->lengths = clear_memory(config->batch * (int64_t)sizeof(int64_t));
     cache->lows = clear_memory(config->batch * (int64_t)sizeof(int64_t));
     cache->inv_freq = clear_memory(config->inv_freq_count * (int64_t)sizeof(double));
@@ -360,25 +379,48 @@ static void rotate_token(const sa_rope *rope, const float *table, const sa_tenso
     }
 }
 
-static void chunk_rotate(const sa_cache *cache, const cache_chunk *chunk)
+static void rotate_position(const sa_cache *cache, const cache_chunk *chunk, int64_t row, int64_t token)
 {
     const sa_cache_config *config = &cache->config;
     const sa_rope rope = {cache->inv_freq, config->inv_freq_count, config->attention_scaling, config->interleaved};
+    const int64_t position = cache->lengths[row] + token, pinned = min_i64(position, slot_limit(cache));
     float table[256];
-    for (int64_t b = 0; b < config->batch && chunk->memory != NULL; b++) {
-        for (int64_t i = 0; i < new_tokens(chunk, b); i++) {
-            const int64_t position = cache->lengths[b] + i, pinned = min_i64(position, slot_limit(cache));
-            if (chunk->query != NULL) {
-                sa_rope_angles(&rope, position, rope.scaling, table);
-                rotate_token(&rope, table, &chunk->params->query, b, i, chunk->query);
-                rotate_token(&rope, table, &chunk->params->key, b, i, chunk->key);
-            }
-            if (chunk->pinned_query != NULL) {
-                sa_rope_angles(&rope, config->applied ? pinned - position : pinned, config->applied ? 1.0 : rope.scaling, table);
-                rotate_token(&rope, table, &chunk->params->query, b, i, chunk->pinned_query);
-            }
-        }
+    if (chunk->query != NULL) {
+        sa_rope_angles(&rope, position, rope.scaling, table);
+        rotate_token(&rope, table, &chunk->params->query, row, token, chunk->query);
+        rotate_token(&rope, table, &chunk->params->key, row, token, chunk->key);
     }
+    if (chunk->pinned_query != NULL) {
+        sa_rope_angles(&rope, config->applied ? pinned - position : pinned, config->applied ? 1.0 : rope.scaling, table);
+        rotate_token(&rope, table, &chunk->params->query, row, token, chunk->pinned_query);
+    }
+}
+
+typedef struct rotation {
+    const sa_cache *cache;
+    const cache_chunk *chunk;
+    int64_t pieces; /* of a row */
+} rotation;
+
+static void rotate_piece(void *context, int64_t task, sa_worker *worker)
+{
+    const rotation *job = context;
+    const int64_t row = task / job->pieces, first = task % job->pieces * ROTATE_TOKENS;
+    const int64_t last = min_i64(first + ROTATE_TOKENS, new_tokens(job->chunk, row));
+    for (int64_t token = first; token < last && !sa_worker_stopped(worker); token++) {
+        rotate_position(job->cache, job->chunk, row, token);
+    }
+}
+
+/* By the pool: a long chunk is worth it, and it can be interrupted there. */
+static sa_status chunk_rotate(const sa_cache *cache, const cache_chunk *chunk, sa_poll poll)
+{
+    if (chunk->memory == NULL) {
+        return SA_OK;
+    }
+    rotation job = {cache, chunk, ceil_div(chunk->tokens, ROTATE_TOKENS)};
+    const int64_t pairs = cache->config.batch * chunk->tokens * chunk->params->query.shape[1] * cache->config.inv_freq_count;
+    return sa_pool_run(cache->config.batch * job.pieces, 6.0 * (double)pairs, 0, rotate_piece, &job, poll);
 }
 
 /* Where the keys of a chunk lie: in the caller's tensor, or in the rotated copy. */
@@ -536,7 +578,7 @@ static void commit(sa_cache *cache, const cache_chunk *chunk, int64_t b)
     sa_slots runs[3] = {{state.length, state.length, clamp_i64(ring->pinned - state.length, 0, after.length - state.length)}};
     const int64_t first = max_i64(max_i64(state.length, ring->pinned), after.low);
     const int count = 1 + sa_ring_runs(ring, first, after.length, runs + 1);
-    for (int i = 0; i < count; i++) {
+    for (int i = runs[0].count > 0 ? 0 : 1; i < count; i++) {
         write_slots(&key, b, runs[i].position - state.length, runs[i], cache->keys, slots);
         write_slots(value, b, runs[i].position - state.length, runs[i], cache->values, slots);
     }
@@ -547,8 +589,8 @@ sa_status sa_cache_attend(sa_cache *cache, const sa_attend_params *params, sa_po
 {
     cache_chunk chunk = {.params = params, .tokens = params->query.shape[2]};
     SA_TRY(chunk_allocate(cache, &chunk));
-    chunk_rotate(cache, &chunk);
-    const sa_status status = run_chunk(cache, &chunk, poll);
+    sa_status status = chunk_rotate(cache, &chunk, poll);
+    status = status != SA_OK ? status : run_chunk(cache, &chunk, poll);
     for (int64_t b = 0; b < cache->config.batch && status == SA_OK; b++) {
         commit(cache, &chunk, b);
     }

@@ -29,8 +29,15 @@ static void store(sa_dtype dtype, void *data, int64_t i, double value)
 typedef struct query_at {
     const sa_problem *problem;
     const sa_row *row;
+    const sa_worker *worker;
     int64_t head, index, position;
 } query_at;
+
+/* Asked now and then among the keys; what an interrupted query gives is not used. */
+static bool interrupted(const query_at *at, int64_t key)
+{
+    return key % 256 == 0 && sa_worker_stopped(at->worker);
+}
 
 static double score(const query_at *at, const sa_run *run, int64_t key)
 {
@@ -68,7 +75,7 @@ static double largest_score(const query_at *at)
     for (int r = 0; r < at->row->run_count; r++) {
         const sa_run *run = &at->row->runs[r];
         const sa_range seen = sa_visible(run, at->problem->causal, at->problem->windows[at->head], at->position);
-        for (int64_t key = seen.low; key < seen.high; key++) {
+        for (int64_t key = seen.low; key < seen.high && !interrupted(at, key); key++) {
             const double s = score(at, run, key);
             largest = isnan(s) ? s : s > largest ? s : largest;
         }
@@ -97,7 +104,7 @@ static double attend_query(const query_at *at)
     for (int r = 0; r < at->row->run_count && (sees || isnan(largest)); r++) {
         const sa_run *run = &at->row->runs[r];
         const sa_range seen = sa_visible(run, p->causal, p->windows[at->head], at->position);
-        for (int64_t key = seen.low; key < seen.high; key++) {
+        for (int64_t key = seen.low; key < seen.high && !interrupted(at, key); key++) {
             const double s = score(at, run, key);
             const double weight = s == -(double)INFINITY ? 0.0 : exp(s - anchor);
             sum += weight;
@@ -121,7 +128,7 @@ static void add_mass(const query_at *at, double lse, double *mean)
     for (int r = 0; r < at->row->run_count; r++) {
         const sa_run *run = &at->row->runs[r];
         const sa_range seen = sa_visible(run, p->causal, p->windows[at->head], at->position);
-        for (int64_t key = seen.low; key < seen.high; key++) {
+        for (int64_t key = seen.low; key < seen.high && !interrupted(at, key); key++) {
             const int64_t slot = sa_mass_slot(run, key);
             if (slot >= 0 && lse > -(double)INFINITY && lse < (double)INFINITY) {
                 mean[slot] += exp(score(at, run, key) - lse) * (double)p->heads_kv / (double)p->heads_q;
@@ -154,7 +161,7 @@ static void attend_kv_head(void *context, int64_t task, sa_worker *worker)
     for (int64_t i = 0; i < row->query_total && !sa_worker_stopped(worker); i++) {
         memset(mean, 0, (size_t)slots * sizeof *mean);
         for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-            const query_at at = {p, row, head, i, row->position + i};
+            const query_at at = {p, row, worker, head, i, row->position + i};
             if (i >= row->query_count) {
                 pad_query(&at);
                 continue;

@@ -162,12 +162,11 @@ static int raw_of_dltensor(sa_call *call, const char *name, const DLTensor *tens
     return check_alignment(call, name, out);
 }
 
-/* The exchange table of a type, NULL (without exception) if it has none that we understand. */
+/* The exchange table of a type; NULL if it has none that we understand, or with an exception. */
 static const DLPackExchangeAPI *exchange_api(sa_call *call, PyObject *object)
 {
-    PyObject *capsule = PyObject_GetAttr((PyObject *)Py_TYPE(object), call->module->exchange_name);
-    if (capsule == NULL) {
-        PyErr_Clear();
+    PyObject *capsule;
+    if (optional_attribute((PyObject *)Py_TYPE(object), call->module->exchange_name, &capsule) <= 0) {
         return NULL;
     }
     const DLPackExchangeHeader *header =
@@ -355,8 +354,11 @@ int sa_raw_of_object(sa_call *call, const char *name, PyObject *object, sa_raw *
         like->kind = SA_KIND_EXCHANGE;
         return sa_refuse_lost_state(call, name, object) < 0 || raw_of_exchange(call, name, object, like, out) < 0 ? -1 : 1;
     }
-    if (!PyObject_HasAttr(object, call->module->dlpack_name)) {
-        return 0;
+    PyObject *method = NULL;
+    const int found = PyErr_Occurred() ? -1 : optional_attribute(object, call->module->dlpack_name, &method);
+    Py_XDECREF(method);
+    if (found <= 0) {
+        return found;
     }
     like->kind = SA_KIND_DLPACK;
     const int torch_like = sa_refuse_lost_state(call, name, object);
