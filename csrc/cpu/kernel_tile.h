@@ -230,27 +230,37 @@ static pack_function value_packer(sa_dtype dtype, bool pairs)
 /* --- direct ----------------------------------------------------------------------------------------------------------------------- */
 
 /* Keys or values of one block, where they lie. `next` is row 0 of what is read after them: values after keys, the next block's keys after
- * values. A page ahead of every row that is read is asked for, across that border too, so that memory never waits for arithmetic. */
+ * values, so that what is asked for early goes on across that border. */
 typedef struct direct_rows {
     const char *data, *next;      /* row 0 of the block */
     int64_t stride, next_stride;  /* bytes */
     int64_t low, high;
 } direct_rows;
 
-enum { PREFETCH_BYTES = 4096 };
+/* Memory never waits for arithmetic: a page ahead of every row that is read is asked for, past the second level, and of every page one line
+ * while it is PAGES_AHEAD away, since the first touch of a page also waits for its address. */
+enum { PAGE_BYTES = 4096, PAGES_AHEAD = 4 };
 
 VEC_INLINE int64_t bytes_of(sa_dtype dtype, int64_t count)
 {
     return dtype == SA_F32 ? 4 * count : 2 * count;
 }
 
+VEC_INLINE const char *row_ahead(const direct_rows *rows, int64_t row)
+{
+    return row < rows->high ? rows->data + row * rows->stride : rows->next + (row - rows->high) * rows->next_stride;
+}
+
 VEC_INLINE void prefetch_ahead(const direct_rows *rows, int64_t row, int64_t bytes)
 {
-    const int64_t ahead = row + PREFETCH_BYTES / bytes;
-    const char *at = ahead < rows->high ? rows->data + ahead * rows->stride : rows->next + (ahead - rows->high) * rows->next_stride;
+    const int64_t page = PAGE_BYTES / bytes;
+    const char *soon = row_ahead(rows, row + page);
 #pragma GCC unroll 8
     for (int64_t byte = 0; byte < bytes; byte += 64) {
-        __builtin_prefetch(at + byte, 0, 0);
+        __builtin_prefetch(soon + byte, 0, 0);
+    }
+    if ((row * bytes & (PAGE_BYTES - 1)) < bytes) {
+        __builtin_prefetch(row_ahead(rows, row + PAGES_AHEAD * page), 0, 0);
     }
 }
 
