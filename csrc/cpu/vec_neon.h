@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 4, TILE_ROWS = 12, TILE_VECS = 2, DIRECT_TILE_ROWS = 4, DIRECT_TILE_VECS = 8 };
+enum { LANES = 4, TILE_ROWS = 9, TILE_VECS = 2, DIRECT_TILE_ROWS = 4, DIRECT_TILE_VECS = 8 };
 
 typedef float32x4_t vec_f32;
 
