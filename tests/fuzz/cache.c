@@ -255,7 +255,8 @@ static void restore(twins *t, fuzz_input *in)
     for (int64_t b = 0; b < config->batch; b++) {
         const int64_t capacity = config->window + config->rollback;
         lengths[b] = kind & 1 ? fuzz_hostile(in) : t->rows[b].length;
-        lows[b] = kind & 1 ? max_i64(config->pinned, max_i64(lengths[b], 0) - capacity + fuzz_range(in, 0, 2)) : t->rows[b].low;
+        const int64_t lowest = clamp_i64(lengths[b], 0, INT64_MAX / 4) - capacity;
+        lows[b] = kind & 1 ? max_i64(config->pinned, lowest + fuzz_range(in, 0, 2)) : t->rows[b].low;
         lows[b] = kind & 2 ? fuzz_hostile(in) : lows[b];
         fit = fit && lengths[b] >= 0 && lengths[b] <= INT64_MAX / 4 && lows[b] >= max_i64(config->pinned, lengths[b] - capacity) &&
               lows[b] <= max_i64(lengths[b], config->pinned);
