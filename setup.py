@@ -4,6 +4,7 @@ SINKATTN_WERROR=1      warnings are errors
 SINKATTN_SANITIZE=...  for example address,undefined
 SINKATTN_DEBUG=1       -O1 -g, assertions on
 SINKATTN_COVERAGE=1    gcov counters
+SINKATTN_CANARY=1      with mistakes that a sanitizer or valgrind must catch
 """
 
 import os
@@ -51,9 +52,13 @@ def common_flags():
 def instrument_flags():
     flags = []
     if sanitize := os.environ.get("SINKATTN_SANITIZE"):
-        flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"]
+        # Python's own flags may say -fwrapv, which hides overflows from the sanitizer.
+        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-wrapv",
+                  "-fno-omit-frame-pointer", "-g"]
     if switch("SINKATTN_COVERAGE"):
         flags += ["--coverage"]
+    if switch("SINKATTN_CANARY"):
+        flags += ["-DSA_CANARY"]
     return flags
 
 
