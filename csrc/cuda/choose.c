@@ -1,0 +1,230 @@
+#include "choose.h"
+
+#include <stdbool.h>
+#include <string.h>
+
+#include "../core/integers.h"
+
+/* Order: f16 and bf16 by depth for decode, then prefill, then the rest. */
+enum { DECODE, PREFILL = DECODE + 6, ATTEND_F32 = PREFILL + 6, ROTATE = ATTEND_F32 + 3, COMMIT, MASS };
+
+const sa_cuda_kernel sa_cuda_kernels[] = {
+    {"decode_f16_64", "decode"},         {"decode_f16_128", "decode"},         {"decode_f16_256", "decode"},
+    {"decode_bf16_64", "decode"},        {"decode_bf16_128", "decode"},        {"decode_bf16_256", "decode"},
+    {"prefill_f16_64", "prefill_sm80"},  {"prefill_f16_128", "prefill_sm80"},  {"prefill_f16_256", "prefill_sm80"},
+    {"prefill_bf16_64", "prefill_sm80"}, {"prefill_bf16_128", "prefill_sm80"}, {"prefill_bf16_256", "prefill_sm80"},
+    {"attend_f32_64", "attend_f32"},     {"attend_f32_128", "attend_f32"},     {"attend_f32_256", "attend_f32"},
+    {"cache_rotate", "cache"},           {"cache_commit", "cache"},
+    {"mass_f32", "mass"},                {"mass_f16", "mass"},                 {"mass_bf16", "mass"},
+};
+const int sa_cuda_kernel_count = sizeof sa_cuda_kernels / sizeof sa_cuda_kernels[0];
+
+/* What a launch needs to know of a problem. */
+typedef struct outline {
+    int64_t group, rows; /* rows: batch rows or packed sequences */
+    int64_t keys;        /* keys that a query may see, at most */
+    int bucket;          /* 0, 1, 2 for depths up to 64, 128, 256 */
+    int64_t depth;       /* of the bucket */
+    int64_t key_bytes;   /* of a key and its value */
+} outline;
+
+static outline outline_of(const sa_cuda_problem *p)
+{
+    outline o = {.group = p->heads_q / p->heads_kv, .rows = p->sequences > 0 ? p->sequences : p->batch};
+    const int64_t depth = max_i64(p->depth, p->depth_v);
+    o.bucket = depth <= 64 ? 0 : depth <= 128 ? 1 : 2;
+    o.depth = 64 << o.bucket;
+    o.key_bytes = (p->depth + p->depth_v) * (p->dtype == SA_CUDA_F32 ? 4 : 2);
+    o.keys = p->learned;
+    if (p->cache.keys != NULL) {
+        o.keys += p->pinned + min_i64(p->cache.window, INT64_MAX / 4) + p->query_length;
+    } else if (p->window.given && p->window.data == NULL && p->window.value >= 1.0 && p->window.value < (double)p->kv_length) {
+        const int64_t seen = (int64_t)p->window.value * (p->causal ? 1 : 2) + p->query_length + p->pinned;
+        o.keys += min_i64(seen, p->kv_length);
+    } else {
+        o.keys += p->kv_length;
+    }
+    return o;
+}
+
+/* Row tiles of one kv head. Packed sequences are tiled one by one, so each may leave one tile unfilled. */
+static int64_t tiles_of(const sa_cuda_problem *p, const outline *o, int64_t tile)
+{
+    return p->sequences > 0 ? ceil_div(p->query_length * o->group, tile) + p->sequences : ceil_div(p->query_length * o->group, tile);
+}
+
+static int64_t units_of(const sa_cuda_problem *p, const outline *o, int64_t tile)
+{
+    return tiles_of(p, o, tile) * p->heads_kv * (p->sequences > 0 ? 1 : p->batch);
+}
+
+/* Splits that end soonest where `slots` CTAs run at a time: waves times the bytes of a split, with a toll for each split's beginning and end
+ * (it stands for what a CTA could have read meanwhile) and for the combine. */
+static int32_t splits_of(int64_t units, int64_t keys, int64_t key_bytes, int64_t slots, int64_t least_keys)
+{
+    const int64_t toll = 24 << 10, most = clamp_i64(keys / least_keys, 1, 128);
+    int64_t best = 1, best_cost = INT64_MAX;
+    for (int64_t splits = 1; splits <= most; splits++) {
+        const int64_t waves = ceil_div(units * splits, slots);
+        const int64_t cost = waves * (ceil_div(keys, splits) * key_bytes + toll + (splits > 1 ? toll : 0)) + (splits > 1 ? splits * 64 : 0);
+        if (cost < best_cost) {
+            best = splits;
+            best_cost = cost;
+        }
+    }
+    return (int32_t)best;
+}
+
+static bool push(sa_cuda_plan *plan, int kernel, int64_t grid, int64_t block, int64_t cluster, int64_t shared)
+{
+    if (grid > INT32_MAX) {
+        return false;
+    }
+    if (grid > 0) {
+        plan->launches[plan->launch_count++] =
+            (sa_cuda_launch){kernel, (uint32_t)grid, (uint32_t)block, (uint32_t)cluster, (uint32_t)shared};
+    }
+    return true;
+}
+
+static int64_t reserve(sa_cuda_plan *plan, int64_t bytes)
+{
+    const int64_t offset = plan->scratch_bytes;
+    plan->scratch_bytes += round_up(bytes, 256);
+    return offset;
+}
+
+static void reserve_partials(sa_cuda_problem *p, sa_cuda_plan *plan, int64_t units, int64_t tile)
+{
+    if (p->splits > 1 && !p->clustered) {
+        p->partial_offset = reserve(plan, units * p->splits * tile * p->depth_v * 4);
+        p->state_offset = reserve(plan, units * p->splits * tile * 2 * 4);
+        plan->counter_count += units;
+    }
+}
+
+static bool plan_decode(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
+{
+    const int64_t units = units_of(p, o, SA_DECODE_ROWS), slice = SA_DECODE_SLICE(o->depth);
+    const int64_t a_warp = SA_DECODE_STAGES * slice * o->depth * 2 * 2, fixed = SA_DECODE_SHARED(o->depth);
+    const int64_t warps_fit = clamp_i64((device->shared_limit - fixed) / a_warp, 1, SA_DECODE_WARPS);
+    const int64_t half = min_i64(warps_fit, SA_DECODE_WARPS / 2);
+    const int64_t an_sm = half < warps_fit && 2 * (half * a_warp + fixed + 1024) <= device->shared_limit + 1024 ? 2 : 1;
+    int64_t warps = half;
+    p->splits = splits_of(units, o->keys, o->key_bytes, device->multiprocessors * an_sm, 8 * slice);
+    if (an_sm == 2 && units * p->splits < 2 * device->multiprocessors) {
+        /* All at once: one large CTA an SM waits for less. */
+        warps = warps_fit;
+        p->splits = splits_of(units, o->keys, o->key_bytes, device->multiprocessors, 8 * slice);
+    }
+    if (p->splits > 4 && p->splits <= device->cluster_limit) {
+        p->clustered = 1;
+    }
+    p->row_tiles = tiles_of(p, o, SA_DECODE_ROWS);
+    reserve_partials(p, plan, units, SA_DECODE_ROWS);
+    p->append = p->cache.keys != NULL && p->query_length == 1;
+    if (p->append) {
+        plan->counter_count += p->batch;
+    }
+    const int kernel = DECODE + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
+    return push(plan, kernel, units * p->splits, 32 * warps, p->clustered ? p->splits : 1, fixed + warps * a_warp);
+}
+
+static bool plan_f32(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
+{
+    const int64_t units = units_of(p, o, SA_F32_ROWS);
+    p->splits = splits_of(units, o->keys, o->key_bytes, 2 * device->multiprocessors, 128);
+    p->row_tiles = tiles_of(p, o, SA_F32_ROWS);
+    reserve_partials(p, plan, units, SA_F32_ROWS);
+    return push(plan, ATTEND_F32 + o->bucket, units * p->splits, 32 * SA_F32_WARPS, 1, SA_F32_SHARED(o->depth));
+}
+
+static bool plan_prefill(sa_cuda_problem *p, const outline *o, sa_cuda_plan *plan)
+{
+    p->splits = 1;
+    p->row_tiles = tiles_of(p, o, SA_PREFILL_ROWS);
+    const int kernel = PREFILL + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
+    return push(plan, kernel, units_of(p, o, SA_PREFILL_ROWS), 32 * SA_PREFILL_WARPS, 1, SA_PREFILL_SHARED(o->depth));
+}
+
+/* A chunk is turned beforehand unless the decode kernel turns it on its way in. */
+static bool plan_rotate(sa_cuda_problem *p, const outline *o, sa_cuda_plan *plan)
+{
+    if (p->cache.keys == NULL || p->cache.pairs == 0 || (p->query_length == 1 && p->dtype != SA_CUDA_F32)) {
+        return true;
+    }
+    const int64_t tokens = p->batch * p->query_length, size = p->dtype == SA_CUDA_F32 ? 4 : 2;
+    p->rotated_offset = reserve(plan, tokens * (2 * p->heads_q + p->heads_kv) * p->depth * size);
+    (void)o;
+    return push(plan, ROTATE, tokens, 32 * SA_CACHE_WARPS, 1, SA_ROTATE_SHARED);
+}
+
+static bool plan_mass(sa_cuda_problem *p, const outline *o, sa_cuda_plan *plan)
+{
+    if (p->mass == NULL) {
+        return true;
+    }
+    const int64_t runs = p->cache.keys != NULL ? 5 : 2, keys = p->cache.keys != NULL ? p->mass_length + p->query_length : p->kv_length;
+    const int64_t tiles = p->sequences > 0 ? ceil_div(keys, SA_MASS_KEYS) + 2 * p->sequences : ceil_div(keys, SA_MASS_KEYS) + runs;
+    const int kernel = MASS + (p->dtype == SA_CUDA_F32 ? 0 : p->dtype == SA_CUDA_F16 ? 1 : 2);
+    return push(plan, kernel, tiles * p->heads_kv * (p->sequences > 0 ? 1 : p->batch), 32 * SA_MASS_WARPS, 1, SA_MASS_SHARED(o->depth));
+}
+
+static bool prefers_decode(const sa_cuda_problem *p, const outline *o)
+{
+    if (p->sequences > 0) {
+        return p->query_length <= 2 * p->sequences;
+    }
+    return p->query_length <= 16 || p->query_length * o->group <= 64;
+}
+
+static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_t size)
+{
+    const int64_t strides = tensor->batch | tensor->head | tensor->token;
+    return tensor->data == NULL || (((uintptr_t)tensor->data | (uintptr_t)(strides * size) | (uintptr_t)(depth * size)) & 15) == 0;
+}
+
+static bool reads_pieces(const sa_cuda_problem *p)
+{
+    const int64_t size = p->dtype == SA_CUDA_F32 ? 4 : 2;
+    return tensor_in_pieces(&p->key, p->depth, size) && tensor_in_pieces(&p->value, p->depth_v, size) &&
+           tensor_in_pieces(&p->sink_key, p->depth, size) && tensor_in_pieces(&p->sink_value, p->depth_v, size);
+}
+
+int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan)
+{
+    *plan = (sa_cuda_plan){.path = "none"};
+    problem->splits = 1;
+    problem->clustered = problem->append = 0;
+    problem->partial_offset = problem->state_offset = problem->row_tiles = 0;
+    problem->lse_offset = problem->rotated_offset = -1;
+    problem->aligned = reads_pieces(problem);
+    if (problem->batch == 0 || problem->query_length == 0) {
+        return 0;
+    }
+    const outline o = outline_of(problem);
+    if (problem->mass != NULL && problem->lse == NULL) {
+        problem->lse_offset = reserve(plan, problem->batch * problem->heads_q * problem->query_length * 4);
+    }
+    bool fits = plan_rotate(problem, &o, plan);
+    const int attend = plan->launch_count;
+    if (problem->dtype == SA_CUDA_F32) {
+        fits = fits && plan_f32(problem, device, &o, plan);
+    } else if (prefers_decode(problem, &o)) {
+        fits = fits && plan_decode(problem, device, &o, plan);
+    } else {
+        fits = fits && plan_prefill(problem, &o, plan);
+    }
+    fits = fits && plan_mass(problem, &o, plan);
+    if (problem->cache.keys != NULL && !problem->append) {
+        plan->counter_count += problem->batch;
+        const int64_t written = min_i64(problem->query_length, 2 * SA_COMMIT_TOKENS + problem->pinned + problem->cache.capacity);
+        const int64_t parts = ceil_div(written, SA_COMMIT_TOKENS);
+        fits = fits && push(plan, COMMIT, problem->batch * problem->heads_kv * parts, 32 * SA_CACHE_WARPS, 1, 0);
+    }
+    if (!fits) {
+        return -1;
+    }
+    plan->path = sa_cuda_kernels[plan->launches[attend].kernel].name;
+    return 0;
+}
