@@ -6,16 +6,13 @@
 #include "../core/integers.h"
 
 /* Order: f16 and bf16 by depth for decode, then prefill, then the rest. */
-enum { DECODE, PREFILL = DECODE + 6, ATTEND_F32 = PREFILL + 6, ROTATE = ATTEND_F32 + 3, COMMIT, MASS };
+enum { DECODE, PREFILL = DECODE, ATTEND_F32 = DECODE + 6, ROTATE = ATTEND_F32 + 3, COMMIT, MASS };
 
 const sa_cuda_kernel sa_cuda_kernels[] = {
     {"decode_f16_64", "decode"},         {"decode_f16_128", "decode"},         {"decode_f16_256", "decode"},
     {"decode_bf16_64", "decode"},        {"decode_bf16_128", "decode"},        {"decode_bf16_256", "decode"},
-    {"prefill_f16_64", "prefill_sm80"},  {"prefill_f16_128", "prefill_sm80"},  {"prefill_f16_256", "prefill_sm80"},
-    {"prefill_bf16_64", "prefill_sm80"}, {"prefill_bf16_128", "prefill_sm80"}, {"prefill_bf16_256", "prefill_sm80"},
     {"attend_f32_64", "attend_f32"},     {"attend_f32_128", "attend_f32"},     {"attend_f32_256", "attend_f32"},
     {"cache_rotate", "cache"},           {"cache_commit", "cache"},
-    {"mass_f32", "mass"},                {"mass_f16", "mass"},                 {"mass_bf16", "mass"},
 };
 const int sa_cuda_kernel_count = sizeof sa_cuda_kernels / sizeof sa_cuda_kernels[0];
 
@@ -150,7 +147,8 @@ static bool plan_prefill(sa_cuda_problem *p, const outline *o, sa_cuda_plan *pla
 /* A chunk is turned beforehand unless the decode kernel turns it on its way in. */
 static bool plan_rotate(sa_cuda_problem *p, const outline *o, sa_cuda_plan *plan)
 {
-    if (p->cache.keys == NULL || p->cache.pairs == 0 || (p->query_length == 1 && p->dtype != SA_CUDA_F32)) {
+    const bool turns = p->cache.pairs > 0 && (!p->cache.applied || (p->cache.slot_positions && p->pinned > 0));
+    if (p->cache.keys == NULL || !turns || (p->query_length == 1 && p->dtype != SA_CUDA_F32)) {
         return true;
     }
     const int64_t tokens = p->batch * p->query_length, size = p->dtype == SA_CUDA_F32 ? 4 : 2;
@@ -172,10 +170,8 @@ static bool plan_mass(sa_cuda_problem *p, const outline *o, sa_cuda_plan *plan)
 
 static bool prefers_decode(const sa_cuda_problem *p, const outline *o)
 {
-    if (p->sequences > 0) {
-        return p->query_length <= 2 * p->sequences;
-    }
-    return p->query_length <= 16 || p->query_length * o->group <= 64;
+    (void)o;
+    return p->dtype != SA_CUDA_F32; /* until there is a prefill kernel */
 }
 
 static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_t size)

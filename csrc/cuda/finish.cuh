@@ -1,0 +1,153 @@
+/* How a tile ends: alone, in a cluster, or in scratch where splits meet. Every sum is taken in the order of the splits. */
+#ifndef SA_CUDA_FINISH_CUH
+#define SA_CUDA_FINISH_CUH
+
+#include "problem.cuh"
+
+namespace sa {
+
+/* A finished or partial tile in shared memory. */
+struct partial {
+    float *values; /* weighted values [rows, stride] */
+    float *states; /* maximum and sum [rows, 2] */
+    int stride;
+};
+
+template <typename T, int row_limit>
+__device__ __forceinline__ void store_output(const sa_cuda_problem &p, const tile<row_limit> &t, int row, int64_t d, float value)
+{
+    T::store((void *)element(p.output, t.at.batch, t.head[row], t.at.query_begin + t.token[row], T::size), d, value);
+}
+
+__device__ __forceinline__ float *lse_of(const sa_cuda_problem &p)
+{
+    return p.lse != nullptr ? p.lse : p.lse_offset >= 0 ? (float *)((char *)p.scratch + p.lse_offset) : nullptr;
+}
+
+template <int row_limit> __device__ __forceinline__ void store_lse(const sa_cuda_problem &p, const tile<row_limit> &t, int row, float value)
+{
+    float *lse = lse_of(p);
+    if (lse != nullptr) {
+        lse[(t.at.batch * p.heads_q + t.head[row]) * p.query_length + t.at.query_begin + t.token[row]] = value;
+    }
+}
+
+/* Padded queries: output 0, lse -inf. */
+template <typename T, int row_limit> __device__ void pad_rows(const sa_cuda_problem &p, const tile<row_limit> &t)
+{
+    for (int64_t i = threadIdx.x; i < (t.rows - t.real) * p.depth_v; i += blockDim.x) {
+        const int row = t.real + (int)(i / p.depth_v);
+        store_output<T>(p, t, row, i % p.depth_v, 0.0f);
+        if (i % p.depth_v == 0) {
+            store_lse(p, t, row, -infinity);
+        }
+    }
+}
+
+/* One split: the tile is finished in this CTA. */
+template <typename T, int row_limit> __device__ void finish_alone(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part)
+{
+    const int width = (int)p.depth_v;
+    for (int i = threadIdx.x; i < t.real * width; i += blockDim.x) {
+        const int row = i / width, d = i % width;
+        const softmax_end end = close(part.states[2 * row], part.states[2 * row + 1], t.sink[row]);
+        store_output<T>(p, t, row, d, part.values[row * part.stride + d] * end.factor);
+        if (d == 0) {
+            store_lse(p, t, row, end.lse);
+        }
+    }
+}
+
+/* The splits are the CTAs of a cluster: each finishes a share of the outputs from everybody's shared memory. */
+template <typename T, int row_limit>
+__device__ void finish_cluster(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part, int rank)
+{
+    cluster_arrive();
+    cluster_wait();
+    const int splits = p.splits, width = (int)p.depth_v, outputs = t.real * width, each = (outputs + splits - 1) / splits;
+    const uint32_t values = shared_address(part.values), states = shared_address(part.states);
+    for (int i = rank * each + threadIdx.x; i < least((rank + 1) * each, outputs); i += blockDim.x) {
+        const int row = i / width, d = i % width;
+        float maximum = -infinity, sum = 0.0f, total = 0.0f;
+#pragma unroll 8
+        for (int split = 0; split < splits; split++) {
+            maximum = fmaxf(maximum, cluster_load(cluster_address(states + 8 * row, split)));
+        }
+#pragma unroll 8
+        for (int split = 0; split < splits; split++) {
+            const float factor = factor_to(cluster_load(cluster_address(states + 8 * row, split)), maximum);
+            sum += factor * cluster_load(cluster_address(states + 8 * row + 4, split));
+            total += factor * cluster_load(cluster_address(values + 4 * (row * part.stride + d), split));
+        }
+        const softmax_end end = close(maximum, sum, t.sink[row]);
+        store_output<T>(p, t, row, d, total * end.factor);
+        if (d == 0) {
+            store_lse(p, t, row, end.lse);
+        }
+    }
+    cluster_arrive(); /* nobody leaves while others read */
+    cluster_wait();
+}
+
+/* Partial results meet in scratch; the CTA that arrives last finishes the tile. `memory`: shared, [splits, row_limit] floats and 8 bytes a row. */
+template <typename T, int row_limit>
+__device__ void finish_scratch(const sa_cuda_problem &p, tile<row_limit> &t, const partial &part, int64_t unit, int split, char *memory)
+{
+    const int width = (int)p.depth_v;
+    float *values = (float *)((char *)p.scratch + p.partial_offset) + unit * p.splits * row_limit * width;
+    float *states = (float *)((char *)p.scratch + p.state_offset) + unit * p.splits * row_limit * 2;
+    for (int i = threadIdx.x; i < t.real * width; i += blockDim.x) {
+        values[split * row_limit * width + i] = part.values[i / width * part.stride + i % width];
+    }
+    if (threadIdx.x < 2 * t.real) {
+        states[split * row_limit * 2 + threadIdx.x] = part.states[threadIdx.x];
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        t.last = atomicInc(&p.counters[unit], p.splits - 1) == (unsigned)p.splits - 1; /* wraps to 0: ready for the next launch */
+    }
+    __syncthreads();
+    if (!t.last) {
+        return;
+    }
+    __threadfence();
+    float *factors = (float *)memory;
+    softmax_end *ends = (softmax_end *)(factors + p.splits * row_limit);
+    for (int row = threadIdx.x / 32; row < t.real; row += blockDim.x / 32) { /* a warp each */
+        const int lane = threadIdx.x % 32;
+        float maximum = -infinity, sum = 0.0f;
+        for (int i = lane; i < p.splits; i += 32) {
+            maximum = fmaxf(maximum, __ldcg(&states[(i * row_limit + row) * 2]));
+        }
+        for (int step = 16; step > 0; step /= 2) {
+            maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
+        }
+        for (int i = lane; i < p.splits; i += 32) {
+            const float factor = factor_to(__ldcg(&states[(i * row_limit + row) * 2]), maximum);
+            factors[i * row_limit + row] = factor;
+            sum += factor * __ldcg(&states[(i * row_limit + row) * 2 + 1]);
+        }
+        for (int step = 16; step > 0; step /= 2) {
+            sum += __shfl_xor_sync(~0u, sum, step);
+        }
+        if (lane == 0) {
+            ends[row] = close(maximum, sum, t.sink[row]);
+            store_lse(p, t, row, ends[row].lse);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < t.real * width; i += blockDim.x) {
+        const int row = i / width;
+        float total = 0.0f;
+#pragma unroll 16
+        for (int k = 0; k < p.splits; k++) {
+            total += factors[k * row_limit + row] * __ldcg(&values[k * row_limit * width + i]);
+        }
+        store_output<T>(p, t, row, i % width, total * ends[row].factor);
+    }
+}
+
+} // namespace sa
+
+#endif

@@ -1,0 +1,535 @@
+/* What a CTA works on: a tile of query rows of one kv head against a few runs of keys. csrc/core/problem.h has the words.
+ *
+ * Lengths, windows and the state of a cache are read here, from device memory, and clamped: whatever they hold, no address leaves the
+ * caller's arrays. */
+#ifndef SA_CUDA_PROBLEM_CUH
+#define SA_CUDA_PROBLEM_CUH
+
+#include "params.h"
+#include "softmax.cuh"
+
+namespace sa {
+
+constexpr int64_t no_window = INT64_MAX / 4;
+
+__device__ __forceinline__ int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+__device__ __forceinline__ int64_t most(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+__device__ __forceinline__ int64_t clamp(int64_t value, int64_t low, int64_t high)
+{
+    return value < low ? low : value > high ? high : value;
+}
+
+/* --- auxiliary arrays of any type -------------------------------------------------------------------------------------------------- */
+
+__device__ __noinline__ double number_of(const void *data, int32_t type, int64_t at)
+{
+    switch (type) {
+    case SA_NUMBER_F32: return ((const float *)data)[at];
+    case SA_NUMBER_F16: return f16::wide(((const uint16_t *)data)[at]);
+    case SA_NUMBER_BF16: return bf16::wide(((const uint16_t *)data)[at]);
+    case SA_NUMBER_F64: return ((const double *)data)[at];
+    case SA_NUMBER_I8: return ((const int8_t *)data)[at];
+    case SA_NUMBER_I16: return ((const int16_t *)data)[at];
+    case SA_NUMBER_I32: return ((const int32_t *)data)[at];
+    case SA_NUMBER_I64: return (double)((const int64_t *)data)[at];
+    case SA_NUMBER_U8: return ((const uint8_t *)data)[at];
+    case SA_NUMBER_U16: return ((const uint16_t *)data)[at];
+    case SA_NUMBER_U32: return ((const uint32_t *)data)[at];
+    default: return (double)((const uint64_t *)data)[at];
+    }
+}
+
+__device__ __forceinline__ float number_at(const sa_cuda_numbers &numbers, int64_t first, int64_t second)
+{
+    if (numbers.data == nullptr) {
+        return (float)numbers.value;
+    }
+    const int64_t at = first * numbers.stride[0] + second * numbers.stride[1];
+    return numbers.type == SA_NUMBER_F32 ? ((const float *)numbers.data)[at] : (float)number_of(numbers.data, numbers.type, at);
+}
+
+__device__ __forceinline__ int64_t integer_at(const sa_cuda_numbers &numbers, int64_t first)
+{
+    if (numbers.data == nullptr) {
+        return (int64_t)numbers.value;
+    }
+    const int64_t at = first * numbers.stride[0];
+    return numbers.type == SA_NUMBER_I64   ? ((const int64_t *)numbers.data)[at]
+           : numbers.type == SA_NUMBER_I32 ? ((const int32_t *)numbers.data)[at]
+                                           : (int64_t)number_of(numbers.data, numbers.type, at);
+}
+
+__device__ __forceinline__ int64_t window_of(const sa_cuda_problem &p, int64_t head)
+{
+    if (p.cache.keys != nullptr) {
+        return p.cache.window;
+    }
+    const int64_t width = p.window.given ? integer_at(p.window, head) : 0;
+    return width <= 0 ? no_window : least(width, no_window);
+}
+
+/* logsumexp of a head's sink logits in log2 units, -inf for none. */
+__device__ __forceinline__ float sink_of(const sa_cuda_problem &p, int64_t head)
+{
+    float maximum = -infinity, sum = 0.0f;
+    for (int64_t i = 0; i < (p.sink_logits.given ? p.logits : 0); i++) {
+        maximum = fmaxf(maximum, number_at(p.sink_logits, head, i));
+    }
+    if (fabsf(maximum) == infinity) {
+        return maximum;
+    }
+    for (int64_t i = 0; i < p.logits; i++) {
+        sum += expf(number_at(p.sink_logits, head, i) - maximum);
+    }
+    return (maximum + logf(sum)) * log2e;
+}
+
+/* --- rows ------------------------------------------------------------------------------------------------------------------------- */
+
+/* Where a row's queries and keys lie: batch index, and the ranges on the two length axes. */
+struct place {
+    int64_t batch, query_begin, query_count, query_total, key_begin, key_count;
+    int64_t position;    /* of query 0, in the row's own count; may be negative */
+    int64_t length, low; /* of a cache, before the call */
+};
+
+__device__ inline place batch_row(const sa_cuda_problem &p, int64_t row)
+{
+    place at = {};
+    at.batch = row;
+    at.query_total = p.query_length;
+    at.query_count = p.query_lengths.given ? clamp(integer_at(p.query_lengths, row), 0, p.query_length) : p.query_length;
+    if (p.cache.keys != nullptr) {
+        at.length = clamp(p.cache.lengths[row], 0, INT64_MAX / 2);
+        at.low = clamp(p.cache.lows[row], most(p.pinned, at.length - p.cache.capacity), most(p.pinned, at.length));
+        at.key_count = at.query_count;
+        at.position = at.length;
+        return at;
+    }
+    at.key_begin = p.starts.given ? clamp(integer_at(p.starts, row), 0, p.kv_length) : 0;
+    at.key_count = p.lengths.given ? clamp(integer_at(p.lengths, row), 0, p.kv_length - at.key_begin) : p.kv_length - at.key_begin;
+    at.position = at.key_count - at.query_count;
+    return at;
+}
+
+__device__ inline place packed_row(const sa_cuda_problem &p, int64_t sequence)
+{
+    place at = {};
+    at.query_begin = clamp(integer_at(p.cumulative_query, sequence), 0, p.query_length);
+    at.query_count = at.query_total = clamp(integer_at(p.cumulative_query, sequence + 1), at.query_begin, p.query_length) - at.query_begin;
+    at.key_begin = clamp(integer_at(p.cumulative_key, sequence), 0, p.kv_length);
+    at.key_count = clamp(integer_at(p.cumulative_key, sequence + 1), at.key_begin, p.kv_length) - at.key_begin;
+    at.position = at.key_count - at.query_count;
+    return at;
+}
+
+/* --- runs ------------------------------------------------------------------------------------------------------------------------- */
+
+enum run_kind {
+    run_plain,   /* causality and window decide */
+    run_pinned,  /* causality alone; the second query and sink_bias apply */
+    run_learned, /* seen by every query; neither bias nor ALiBi */
+};
+
+struct run {
+    const char *key, *value; /* first key of the run, of the CTA's kv head */
+    int64_t key_stride, value_stride; /* bytes */
+    int64_t count;
+    int64_t position;   /* of the first key; pinned runs: also the column of sink_bias */
+    int64_t mass_skip, mass_index;
+    int32_t kind;
+    int32_t raw; /* keys still to be rotated: they come with the chunk */
+};
+
+constexpr int max_runs = 6;
+
+struct run_list {
+    run runs[max_runs];
+    int count;
+};
+
+__device__ __forceinline__ int element_size(const sa_cuda_problem &p)
+{
+    return p.dtype == SA_CUDA_F32 ? 4 : 2;
+}
+
+__device__ __forceinline__ const char *element(const sa_cuda_tensor &tensor, int64_t batch, int64_t head, int64_t token, int size)
+{
+    return (const char *)tensor.data + (batch * tensor.batch + head * tensor.head + token * tensor.token) * size;
+}
+
+__device__ __forceinline__ bool has_second_query(const sa_cuda_problem &p)
+{
+    return p.cache.keys != nullptr ? p.cache.slot_positions && p.pinned > 0 && p.cache.pairs > 0 : p.sink_query.data != nullptr;
+}
+
+/* A part of the chunk that the rotate kernel left in scratch: 0 query, 1 pinned query, 2 key. */
+__device__ inline sa_cuda_tensor rotated(const sa_cuda_problem &p, int part)
+{
+    const int64_t heads = part == 2 ? p.heads_kv : p.heads_q, skipped = part * p.batch * p.heads_q * p.query_length * p.depth;
+    char *data = (char *)p.scratch + p.rotated_offset + skipped * element_size(p);
+    return {data, heads * p.query_length * p.depth, p.query_length * p.depth, p.depth};
+}
+
+__device__ __forceinline__ sa_cuda_tensor query_tensor(const sa_cuda_problem &p)
+{
+    return p.rotated_offset >= 0 && !p.cache.applied ? rotated(p, 0) : p.query;
+}
+
+__device__ __forceinline__ sa_cuda_tensor second_query_tensor(const sa_cuda_problem &p)
+{
+    return p.rotated_offset >= 0 ? rotated(p, 1) : p.cache.keys != nullptr ? p.query : p.sink_query;
+}
+
+__device__ __forceinline__ sa_cuda_tensor key_tensor(const sa_cuda_problem &p)
+{
+    return p.rotated_offset >= 0 && !p.cache.applied ? rotated(p, 2) : p.key;
+}
+
+/* The decode kernel rotates a chunk of one token itself. */
+__device__ __forceinline__ bool rotates_inside(const sa_cuda_problem &p)
+{
+    return p.cache.keys != nullptr && p.cache.pairs > 0 && p.rotated_offset < 0;
+}
+
+__device__ inline void add_run(run_list &list, const run &added)
+{
+    if (added.count > 0) {
+        list.runs[list.count++] = added;
+    }
+}
+
+__device__ inline run tokens_run(const sa_cuda_problem &p, const place &at, int64_t head, int64_t first, int64_t count, int64_t position, int kind)
+{
+    const int size = element_size(p);
+    const sa_cuda_tensor key = key_tensor(p);
+    run r = {};
+    r.key = element(key, at.batch, head, at.key_begin + first, size);
+    r.value = element(p.value, at.batch, head, at.key_begin + first, size);
+    r.key_stride = key.token * size;
+    r.value_stride = p.value.token * size;
+    r.count = count;
+    r.position = position;
+    r.mass_index = at.key_begin + first;
+    r.kind = kind;
+    return r;
+}
+
+__device__ inline void add_learned(const sa_cuda_problem &p, int64_t head, run_list &list)
+{
+    const int size = element_size(p);
+    run r = {};
+    r.key = element(p.sink_key, 0, head, 0, size);
+    r.value = element(p.sink_value, 0, head, 0, size);
+    r.key_stride = p.sink_key.token * size;
+    r.value_stride = p.sink_value.token * size;
+    r.count = p.learned;
+    r.mass_index = -1;
+    r.kind = run_learned;
+    add_run(list, r);
+}
+
+/* Positions first .. first + count - 1 of a cache, in neighbouring slots. */
+__device__ inline run held_run(const sa_cuda_problem &p, const place &at, int64_t head, int64_t slot, int64_t position, int64_t count, int kind)
+{
+    const int size = element_size(p);
+    const int64_t slots = p.pinned + p.cache.capacity, row = (at.batch * p.heads_kv + head) * slots + slot;
+    run r = {};
+    r.key = (const char *)p.cache.keys + row * p.depth * size;
+    r.value = (const char *)p.cache.values + row * p.depth_v * size;
+    r.key_stride = p.depth * size;
+    r.value_stride = p.depth_v * size;
+    r.count = count;
+    r.position = position;
+    r.kind = kind;
+    return r;
+}
+
+/* Mass goes to the place that a position has among the positions held after the call. */
+__device__ inline run placed(const sa_cuda_problem &p, const place &at, run r)
+{
+    const int64_t length = at.length + at.query_count, low = most(at.low, length - p.cache.capacity);
+    if (r.kind == run_pinned) {
+        r.mass_index = r.position;
+        return r;
+    }
+    r.mass_skip = clamp(low - r.position, 0, r.count);
+    r.mass_index = r.mass_skip < r.count ? least(p.pinned, length) + r.position + r.mass_skip - low : -1;
+    return r;
+}
+
+__device__ inline run chunk_run(const sa_cuda_problem &p, const place &at, int64_t head, int64_t first, int64_t count, int kind)
+{
+    run r = tokens_run(p, at, head, first, count, at.length + first, kind);
+    r.raw = rotates_inside(p) && !p.cache.applied;
+    return placed(p, at, r);
+}
+
+/* The same runs in the same order as csrc/cpu/cache.c. */
+__device__ inline void add_cache_runs(const sa_cuda_problem &p, const place &at, int64_t head, run_list &list)
+{
+    const int64_t count = at.query_count, capacity = p.cache.capacity;
+    const int64_t pinned_held = least(p.pinned, at.length), pinned_new = clamp(p.pinned - at.length, 0, count);
+    add_run(list, placed(p, at, held_run(p, at, head, 0, 0, pinned_held, run_pinned)));
+    add_run(list, chunk_run(p, at, head, 0, pinned_new, run_pinned));
+    const int64_t first = most(at.low, at.length - p.cache.window + 1), held = most(at.length - first, 0);
+    const int64_t slot = held > 0 ? p.pinned + (first - p.pinned) % capacity : 0;
+    const int64_t to_end = least(held, p.pinned + capacity - slot);
+    add_run(list, placed(p, at, held_run(p, at, head, slot, first, to_end, run_plain)));
+    add_run(list, placed(p, at, held_run(p, at, head, p.pinned, first + to_end, held - to_end, run_plain)));
+    add_run(list, chunk_run(p, at, head, pinned_new, count - pinned_new, run_plain));
+}
+
+__device__ inline void add_plain_runs(const sa_cuda_problem &p, const place &at, int64_t head, run_list &list)
+{
+    /* Without a window, and with nothing that treats them apart, pinned keys are keys like the others. */
+    const bool apart = p.window.given || p.sink_query.data != nullptr || p.sink_bias.given;
+    const int64_t pinned = apart ? least(p.pinned, at.key_count) : 0;
+    add_run(list, tokens_run(p, at, head, 0, pinned, 0, run_pinned));
+    add_run(list, tokens_run(p, at, head, pinned, at.key_count - pinned, pinned, run_plain));
+}
+
+__device__ inline void fill_runs(const sa_cuda_problem &p, const place &at, int64_t head, run_list &list)
+{
+    list.count = 0;
+    add_learned(p, head, list);
+    if (p.cache.keys != nullptr) {
+        add_cache_runs(p, at, head, list);
+    } else {
+        add_plain_runs(p, at, head, list);
+    }
+}
+
+struct range {
+    int64_t low, high; /* empty where low >= high */
+};
+
+/* Keys of a run, by their index in it, that queries at low .. high see: any of them (union) or, with the roles exchanged, all. */
+__device__ __forceinline__ range visible(const run &r, bool causal, int64_t window_low, int64_t window_high, int64_t low, int64_t high)
+{
+    if (r.kind == run_learned || (r.kind == run_pinned && !causal)) {
+        return {0, r.count};
+    }
+    const int64_t end = clamp(high + (causal ? 1 : window_high) - r.position, 0, r.count);
+    return {r.kind == run_pinned ? 0 : clamp(low - window_low + 1 - r.position, 0, r.count), end};
+}
+
+/* --- a tile of rows --------------------------------------------------------------------------------------------------------------- */
+
+/* Row i of a tile is query (first_row + i) / group of head (first_row + i) % group of the kv head. */
+template <int row_limit> struct tile {
+    place at;
+    run_list list;
+    range seen[max_runs];      /* by any row */
+    range all[max_runs];       /* by every real row */
+    int first_slice[max_runs + 1];
+    int64_t first_row;
+    int64_t position[row_limit], window[row_limit];
+    float slope[row_limit];    /* log2 units */
+    float sink[row_limit];     /* log2 units; left to the kernel to fill */
+    int head[row_limit];       /* of the query */
+    int token[row_limit];      /* in the row */
+    int kv_head, rows, real;   /* rows: in the tile, padded queries with them; real: the others */
+    int exists;
+    int last;                  /* this CTA finishes the tile */
+    int64_t row;               /* batch row or sequence */
+};
+
+/* Finds the sequence that tile `index` of the packed ones belongs to: each has ceil(rows / tile) of them. All lanes of a warp. */
+__device__ inline bool find_sequence(const sa_cuda_problem &p, int64_t group, int64_t tile_rows, int64_t &index, int64_t &sequence)
+{
+    const int lane = threadIdx.x % 32;
+    for (int64_t first = 0; first < p.sequences; first += 32) {
+        int64_t tiles = 0;
+        if (first + lane < p.sequences) {
+            tiles = (packed_row(p, first + lane).query_count * group + tile_rows - 1) / tile_rows;
+        }
+        int64_t sum = tiles;
+        for (int step = 1; step < 32; step *= 2) {
+            const int64_t before = __shfl_up_sync(~0u, sum, step);
+            sum += lane >= step ? before : 0;
+        }
+        const unsigned reached = __ballot_sync(~0u, index < sum);
+        if (reached != 0) {
+            const int found = __ffs(reached) - 1;
+            index -= __shfl_sync(~0u, sum - tiles, found);
+            sequence = first + found;
+            return true;
+        }
+        index -= __shfl_sync(~0u, sum, 31);
+    }
+    return false;
+}
+
+__device__ __forceinline__ int64_t reduce_least(int64_t value)
+{
+    for (int step = 16; step > 0; step /= 2) {
+        value = least(value, __shfl_xor_sync(~0u, value, step));
+    }
+    return value;
+}
+
+template <int row_limit> __device__ inline void fill_rows(const sa_cuda_problem &p, tile<row_limit> &t, int slice)
+{
+    const int lane = threadIdx.x % 32;
+    const int64_t group = p.heads_q / p.heads_kv;
+    int64_t position_low = INT64_MAX / 2, position_high = INT64_MAX / 2, window_low = no_window, window_high = 0; /* highs negated */
+    for (int i = lane; i < t.rows; i += 32) {
+        const int64_t row = t.first_row + i;
+        const int token = (int)(row / group), head = t.kv_head * (int)group + (int)(row % group);
+        t.token[i] = token;
+        t.head[i] = head;
+        t.position[i] = t.at.position + token;
+        t.window[i] = window_of(p, head);
+        t.slope[i] = p.alibi_slopes.given ? number_at(p.alibi_slopes, t.at.batch, head) * log2e : 0.0f;
+        if (i < t.real) {
+            position_low = least(position_low, t.position[i]);
+            position_high = least(position_high, -t.position[i]);
+            window_low = least(window_low, t.window[i]);
+            window_high = least(window_high, -t.window[i]);
+        }
+    }
+    position_low = reduce_least(position_low);
+    position_high = -reduce_least(position_high);
+    window_low = reduce_least(window_low);
+    window_high = -reduce_least(window_high);
+    int slices = 0;
+    if (lane < t.list.count) {
+        const run &r = t.list.runs[lane];
+        const range seen = t.real > 0 ? visible(r, p.causal, window_high, window_high, position_low, position_high) : range{0, 0};
+        t.seen[lane] = seen;
+        t.all[lane] = visible(r, p.causal, window_low, window_low, position_high, position_low);
+        slices = (int)((most(seen.high - seen.low, 0) + slice - 1) / slice);
+    }
+    for (int step = 1; step < 8; step *= 2) {
+        const int before = __shfl_up_sync(~0u, slices, step);
+        slices += lane >= step ? before : 0;
+    }
+    if (lane < t.list.count) {
+        t.first_slice[lane + 1] = slices;
+    }
+    if (lane == 0) {
+        t.first_slice[0] = 0;
+    }
+}
+
+/* Fills the tile of a unit: (row, kv head, tile) or, packed, (tile, kv head). False where there is no such tile. All threads of the CTA;
+ * ends with a barrier. `slice`: keys that the kernel takes at a time. */
+template <int row_limit> __device__ inline bool begin_tile(const sa_cuda_problem &p, int64_t unit, int slice, tile<row_limit> &t)
+{
+    if (threadIdx.x < 32) {
+        const int64_t group = p.heads_q / p.heads_kv;
+        int64_t index, head, row;
+        bool exists = true;
+        if (p.sequences > 0) {
+            head = unit % p.heads_kv;
+            index = unit / p.heads_kv;
+            exists = find_sequence(p, group, row_limit, index, row);
+        } else {
+            index = unit % p.row_tiles;
+            head = unit / p.row_tiles % p.heads_kv;
+            row = unit / p.row_tiles / p.heads_kv;
+        }
+        if (threadIdx.x == 0) {
+            t.exists = exists;
+        }
+        if (exists) {
+            if (threadIdx.x == 0) {
+                t.row = row;
+                t.kv_head = (int)head;
+                t.at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
+                t.first_row = index * row_limit;
+                t.rows = (int)clamp(t.at.query_total * group - t.first_row, 0, row_limit);
+                t.real = (int)clamp(t.at.query_count * group - t.first_row, 0, row_limit);
+                fill_runs(p, t.at, head, t.list);
+            }
+            __syncwarp();
+            fill_rows(p, t, slice);
+        }
+    }
+    __syncthreads();
+    return t.exists;
+}
+
+/* --- what happens to a score ------------------------------------------------------------------------------------------------------- */
+
+/* Keys of a run that one row sees, relative to the key `first` of the run. */
+template <int row_limit>
+__device__ __forceinline__ void row_range(const sa_cuda_problem &p, const tile<row_limit> &t, const run &r, int row, int64_t first, int &low, int &high)
+{
+    const range own = visible(r, p.causal, t.window[row], t.window[row], t.position[row], t.position[row]);
+    low = (int)clamp(own.low - first, 0, 1 << 20);
+    high = row < t.real ? (int)clamp(own.high - first, 0, 1 << 20) : 0;
+}
+
+/* From a dot product to a score in log2 units, without mask. `column`: key of the run. */
+template <int row_limit>
+__device__ __forceinline__ float featured_score(const sa_cuda_problem &p, const tile<row_limit> &t, const run &r, int row, int64_t column, float dot)
+{
+    float s = dot * p.scale;
+    if (p.softcap > 0.0f) {
+        s = p.softcap * tanhf(s / p.softcap);
+    }
+    s *= log2e;
+    if (r.kind == run_pinned && p.sink_bias.given) {
+        const float bias = number_at(p.sink_bias, t.head[row], r.position + column);
+        s = bias == -infinity ? -infinity : s + bias * log2e;
+    }
+    if (r.kind != run_learned && p.alibi_slopes.given) {
+        int64_t from = t.position[row];
+        if (r.kind == run_pinned && p.cache.keys != nullptr && p.cache.slot_positions) {
+            from = least(from, p.pinned + p.cache.window - 1);
+        }
+        const int64_t distance = from - r.position - column;
+        s -= t.slope[row] * (float)(distance < 0 ? -distance : distance);
+    }
+    return s;
+}
+
+/* Does a run need featured_score, beyond a factor? */
+__device__ __forceinline__ bool is_featured(const sa_cuda_problem &p, const run &r)
+{
+    return p.softcap > 0.0f || (r.kind == run_pinned && p.sink_bias.given) || (r.kind != run_learned && p.alibi_slopes.given);
+}
+
+/* The last CTA of a row to have read its state advances it. One thread, after a barrier behind the reading. */
+__device__ __forceinline__ void advance(const sa_cuda_problem &p, const place &at, int64_t counter, int64_t readers)
+{
+    __threadfence();
+    if (atomicInc(&p.counters[counter], (unsigned)readers - 1) == (unsigned)readers - 1) {
+        p.cache.lengths[at.batch] = at.length + at.query_count;
+        p.cache.lows[at.batch] = most(at.low, at.length + at.query_count - p.cache.capacity);
+    }
+}
+
+/* --- rotary positions -------------------------------------------------------------------------------------------------------------- */
+
+/* cos and sin of position * inv_freq, the angle reduced in fp64 (two-part 2 pi), so that position 10 000 000 is as exact as position 10. */
+__device__ inline void rotation(const sa_cuda_cache &cache, int64_t position, int64_t pair, bool scaled, float &cosine, float &sine)
+{
+    const double angle = (double)position * cache.inv_freq[pair], turns = rint(angle * 0.15915494309189535);
+    const double reduced = fma(-turns, 2.4492935982947064e-16, fma(-turns, 6.283185307179586, angle));
+    sincosf((float)reduced, &sine, &cosine);
+    const float factor = scaled ? (float)cache.scaling : 1.0f;
+    cosine *= factor;
+    sine *= factor;
+}
+
+/* By how much the query for the pinned keys is turned, from what arrived. */
+__device__ __forceinline__ int64_t pinned_turn(const sa_cuda_problem &p, int64_t position)
+{
+    const int64_t stand = p.cache.slot_positions ? least(position, p.pinned + p.cache.window - 1) : position;
+    return p.cache.applied ? stand - position : stand;
+}
+
+} // namespace sa
+
+#endif
