@@ -23,7 +23,7 @@ if sys.platform == "win32":
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc/cuda"))
-import nvcc  # noqa: E402
+import nvcc
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]

@@ -29,6 +29,12 @@ static int64_t counter_bytes(const sa_cache_config *config)
     return config->batch * (int64_t)sizeof(int64_t);
 }
 
+/* Enough for a step of up to 16 query rows of a kv head at once; a longer chunk takes others. */
+static int64_t kernel_counters(const sa_cache_config *config)
+{
+    return config->batch * (config->heads_kv * 16 + 1);
+}
+
 static int64_t padded(int64_t bytes)
 {
     return round_up(bytes, ALIGNMENT);
@@ -37,7 +43,7 @@ static int64_t padded(int64_t bytes)
 int64_t sa_cuda_store_bytes(const sa_cache_config *config)
 {
     return padded(tensor_bytes(config, config->depth)) + padded(tensor_bytes(config, config->depth_v)) + 2 * padded(counter_bytes(config)) +
-           padded(config->inv_freq_count * (int64_t)sizeof(double)) + ALIGNMENT;
+           padded(config->inv_freq_count * (int64_t)sizeof(double)) + padded(kernel_counters(config) * (int64_t)sizeof(uint32_t));
 }
 
 static void *take(char **next, int64_t bytes)
@@ -70,12 +76,15 @@ void sa_cuda_store_lay_out(const sa_cache_config *config, void *memory, sa_cuda_
         .applied = config->applied,
         .slot_positions = config->slot_positions,
     };
+    store->counter_count = kernel_counters(config);
+    store->counters = take(&next, store->counter_count * (int64_t)sizeof(uint32_t));
 }
 
 sa_status sa_cuda_store_place(const sa_cache_config *config, void *memory, const sa_device_scope *scope, void *stream, sa_cuda_store *store)
 {
     static const char function[] = "SinkCache";
     sa_cuda_store_lay_out(config, memory, store);
+    SA_TRY(sa_device_fill(function, store->counters, 0, store->counter_count * (int64_t)sizeof(uint32_t), stream));
     void *frequencies = (void *)(uintptr_t)store->view.inv_freq;
     SA_TRY(sa_device_fill(function, store->view.keys, 0, store->key_bytes, stream)); /* unused slots are zero in a saved state */
     SA_TRY(sa_device_fill(function, store->view.values, 0, store->value_bytes, stream));
@@ -198,6 +207,7 @@ sa_status sa_cuda_store_copy(sa_cuda_store *store, const sa_cuda_store *from, vo
     static const char function[] = "copy";
     SA_TRY(sa_device_copy(function, store->view.keys, from->view.keys, store->key_bytes, stream));
     SA_TRY(sa_device_copy(function, store->view.values, from->view.values, store->value_bytes, stream));
+    SA_TRY(sa_device_fill(function, store->counters, 0, store->counter_count * (int64_t)sizeof(uint32_t), stream));
     const int64_t frequencies = store->config.inv_freq_count * (int64_t)sizeof(double);
     SA_TRY(sa_device_copy(function, (void *)(uintptr_t)store->view.inv_freq, from->view.inv_freq, frequencies, stream));
     SA_TRY(sa_device_copy(function, store->view.lengths, from->view.lengths, counter_bytes(&store->config), stream));

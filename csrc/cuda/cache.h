@@ -12,6 +12,8 @@ typedef struct sa_cuda_store {
     sa_cache_config config; /* inv_freq NULL: the device has them */
     sa_cuda_cache view;     /* what kernels get */
     int64_t key_bytes, value_bytes;
+    uint32_t *counters; /* of the kernels that attend: calls of one cache never overlap */
+    int64_t counter_count;
 } sa_cuda_store;
 
 /* What sa_cuda_store_place needs: a multiple of 256. `config` was checked. */

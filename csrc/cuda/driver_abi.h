@@ -41,7 +41,7 @@ enum {
 enum { CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = 4, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
 
 enum { CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9 };
-enum { CU_EVENT_DISABLE_TIMING = 2 };
+enum { CU_EVENT_DISABLE_TIMING = 2, CU_STREAM_NON_BLOCKING = 1 };
 enum { CU_STREAM_CAPTURE_STATUS_NONE = 0 };
 enum { CU_STREAM_CAPTURE_MODE_RELAXED = 2 };
 
@@ -98,6 +98,9 @@ typedef struct CUlaunchConfig {
     X(cuMemsetD8Async, (CUdeviceptr target, unsigned char value, size_t count, CUstream stream))                                          \
     X(cuStreamSynchronize, (CUstream stream))                                                                                             \
     X(cuThreadExchangeStreamCaptureMode, (int *mode))                                                                                     \
+    X(cuStreamCreate, (CUstream * stream, unsigned flags))                                                                                \
+    X(cuStreamDestroy, (CUstream stream))                                                                                                 \
+    X(cuStreamGetId, (CUstream stream, unsigned long long *id))                                                                           \
     X(cuStreamIsCapturing, (CUstream stream, int *status))                                                                                \
     X(cuStreamWaitEvent, (CUstream stream, CUevent event, unsigned flags))                                                                \
     X(cuEventCreate, (CUevent * event, unsigned flags))                                                                                   \

@@ -18,7 +18,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 ARCHS = "sm_90a,sm_80,compute_80"
-FLAGS = ["-fatbin", "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xfatbin=--compress-all"]
+FLAGS = ["-fatbin", "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr",
+         "-Xfatbin=--compress-all"]
 BYTES_A_WORKER = 4 << 30  # what a heavy kernel file takes to compile
 HELP = ("install the CUDA toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-cccl` first and "
         "build with --no-build-isolation, or name the compiler in SINKATTN_NVCC")
@@ -125,6 +126,7 @@ def prepare(build_temp):
     entries = [f'SA_IMAGE({image.name.rpartition("-")[0]}, "{image.resolve()}")\n'
                for image in images]
     _write(folder / "images.h", "".join(entries))
-    _write(folder / "images_built.h", f'#define SA_CUDA_ARCHS "{", ".join(names) if images else ""}"\n'
-                                      f'#define SA_CUDA_NOT_BUILT "{reason}"\n')
+    built = ", ".join(names) if images else ""
+    _write(folder / "images_built.h",
+           f'#define SA_CUDA_ARCHS "{built}"\n#define SA_CUDA_NOT_BUILT "{reason}"\n')
     return folder, line

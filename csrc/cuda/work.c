@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "../core/integers.h"
+#include "counters.h"
 #include "kernels.h"
 
 enum { ALIGNMENT = 256 };
@@ -99,10 +100,10 @@ static void take_arrays(const sa_attend_params *params, sa_cuda_work *work)
     take_ints(work, &params->cumulative_key, &problem->cumulative_key);
 }
 
-static void describe(const sa_attend_params *params, const sa_cuda_cache *cache, sa_cuda_problem *problem)
+static void describe(const sa_attend_params *params, const sa_cuda_store *cache, sa_cuda_problem *problem)
 {
     const sa_tensor *query = &params->query, *key = &params->key, *value = &params->value;
-    const int64_t slots = cache != NULL ? params->pinned + cache->capacity : 0;
+    const int64_t slots = cache != NULL ? sa_cuda_store_slots(cache) : 0;
     *problem = (sa_cuda_problem){
         .query = tensor_of(query),
         .key = tensor_of(key),
@@ -133,7 +134,7 @@ static void describe(const sa_attend_params *params, const sa_cuda_cache *cache,
         .mass_maximum = params->mass_reduce == SA_MASS_MAX,
     };
     if (cache != NULL) {
-        problem->cache = *cache;
+        problem->cache = cache->view;
     }
 }
 
@@ -154,12 +155,29 @@ static sa_status full_facts(const char *function, const sa_device_scope *scope, 
 
 /* --- a call ------------------------------------------------------------------------------------------------------------------------ */
 
+/* Counters of the cache, of the stream, or of the graph; where there are none, some of the caller's memory, which is cleared. */
+static sa_status find_counters(const sa_cuda_store *cache, void *stream, sa_cuda_work *work)
+{
+    const int64_t count = work->plan.counter_count;
+    work->counters = NULL;
+    if (count == 0) {
+        return SA_OK;
+    }
+    if (cache != NULL && count <= cache->counter_count) {
+        work->counters = cache->counters;
+        return SA_OK;
+    }
+    return sa_counters_take(work->function, &work->scope, stream, count, &work->counters);
+}
+
 static void lay_out_memory(const sa_attend_params *params, sa_cuda_work *work)
 {
     const sa_cuda_problem *problem = &work->problem;
     int64_t bytes = round_up(work->plan.scratch_bytes, ALIGNMENT);
     work->counter_offset = bytes;
-    bytes += round_up(work->plan.counter_count * (int64_t)sizeof(uint32_t), ALIGNMENT);
+    if (work->counters == NULL) {
+        bytes += round_up(work->plan.counter_count * (int64_t)sizeof(uint32_t), ALIGNMENT);
+    }
     for (int i = 0; i < work->staged_count; i++) {
         work->staged[i].offset = bytes;
         bytes += round_up(work->staged[i].bytes, ALIGNMENT);
@@ -168,7 +186,7 @@ static void lay_out_memory(const sa_attend_params *params, sa_cuda_work *work)
     work->mass_bytes = params->mass != NULL ? problem->batch * problem->heads_kv * problem->mass_length * (int64_t)sizeof(float) : 0;
 }
 
-static sa_status plan(const sa_attend_params *params, const sa_cuda_cache *cache, sa_cuda_work *work)
+static sa_status plan(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work)
 {
     sa_cuda_device facts;
     SA_TRY(full_facts(params->function, &work->scope, &facts));
@@ -179,15 +197,16 @@ static sa_status plan(const sa_attend_params *params, const sa_cuda_cache *cache
         return sa_fail(SA_VALUE_ERROR, "%s(): q has %" PRId64 " rows of %" PRId64 " heads and %" PRId64 " queries, more than a launch can hold",
                        params->function, work->problem.batch, work->problem.heads_q, work->problem.query_length);
     }
+    SA_TRY(find_counters(cache, stream, work));
     lay_out_memory(params, work);
     return SA_OK;
 }
 
-sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_cache *cache, sa_cuda_work *work)
+sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work)
 {
     work->function = params->function;
     SA_TRY(sa_device_enter(params->function, params->device, &work->scope));
-    const sa_status status = plan(params, cache, work);
+    const sa_status status = plan(params, cache, stream, work);
     if (status != SA_OK) {
         sa_device_leave(&work->scope);
     }
@@ -198,13 +217,16 @@ sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream)
 {
     const char *function = work->function;
     work->problem.scratch = memory;
-    work->problem.counters = (uint32_t *)(void *)((char *)memory + work->counter_offset);
+    work->problem.counters = work->counters;
+    if (work->counters == NULL && work->plan.counter_count > 0) {
+        work->problem.counters = (uint32_t *)(void *)((char *)memory + work->counter_offset);
+        SA_TRY(sa_device_fill(function, work->problem.counters, 0, work->plan.counter_count * (int64_t)sizeof(uint32_t), stream));
+    }
     for (int i = 0; i < work->staged_count; i++) {
         const sa_staged *staged = &work->staged[i];
         staged->numbers->data = (char *)memory + staged->offset;
         SA_TRY(sa_device_stage(function, &work->scope, (char *)memory + staged->offset, staged->source, staged->bytes, stream));
     }
-    SA_TRY(sa_device_fill(function, work->problem.counters, 0, work->plan.counter_count * (int64_t)sizeof(uint32_t), stream));
     SA_TRY(sa_device_fill(function, work->problem.mass, 0, work->mass_bytes, stream));
     for (int i = 0; i < work->plan.launch_count; i++) {
         SA_TRY(sa_device_launch(function, &work->scope, &work->plan.launches[i], &work->problem, stream));

@@ -5,9 +5,7 @@
 #ifndef SA_WORK_H
 #define SA_WORK_H
 
-#include "../sinkattn.h"
-#include "choose.h"
-#include "driver.h"
+#include "cache.h"
 
 enum { SA_MAX_STAGED = 9 };
 
@@ -25,12 +23,14 @@ typedef struct sa_cuda_work {
     sa_cuda_plan plan;
     sa_staged staged[SA_MAX_STAGED];
     int staged_count;
-    int64_t counter_offset, mass_bytes;
+    uint32_t *counters;     /* of the cache, at zero; NULL: to be found */
+    int64_t counter_offset; /* in the caller's memory, where counters are NULL */
+    int64_t mass_bytes;
     int64_t memory_bytes; /* what sa_cuda_run wants, 256-byte aligned; 0: nothing */
 } sa_cuda_work;
 
-/* Plans a checked call with its results in place. On SA_OK the device is current until sa_cuda_end; otherwise nothing is to be ended. */
-sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_cache *cache, sa_cuda_work *work);
+/* Plans a checked call with its results in place; `cache` NULL: none. On SA_OK the device is current until sa_cuda_end; otherwise nothing is to be ended. */
+sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work);
 sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream);
 void sa_cuda_end(const sa_cuda_work *work);
 

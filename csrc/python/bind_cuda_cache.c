@@ -232,7 +232,7 @@ static PyObject *attend_locked(sa_call *call, cache_object *self, PyObject *cons
         goto end;
     }
     if (sa_make_results(call, &params, arguments[SA_CACHE_OUT], return_lse, return_mass, sa_cuda_store_slots(store), &results) < 0 ||
-        sa_run_on_cuda(call, &params, &store->view, &results.like) < 0) {
+        sa_run_on_cuda(call, &params, store, &results.like) < 0) {
         goto end;
     }
     self->stream = call->stream;

@@ -2,7 +2,7 @@
 #ifndef SA_BIND_PARAMS_H
 #define SA_BIND_PARAMS_H
 
-#include "../cuda/params.h"
+#include "../cuda/cache.h"
 #include "array.h"
 
 typedef struct sa_score_arguments {
@@ -35,7 +35,7 @@ int sa_parse_cache_call(sa_call *call, PyObject *const *arguments, sa_attend_par
 int sa_make_results(sa_call *call, sa_attend_params *params, PyObject *out, bool lse, bool mass, int64_t mass_slots, sa_results *results);
 
 /* Launches a checked call with its results in place; `cache` NULL: none. Memory for its length comes from the allocator of `like`. */
-int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_cache *cache, const sa_like *like);
+int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_store *cache, const sa_like *like);
 
 /* out, or the tuple of what was asked for. */
 PyObject *sa_take_results(sa_call *call, sa_results *results);

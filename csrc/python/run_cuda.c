@@ -9,11 +9,11 @@ static sa_status launch(sa_call *call, sa_cuda_work *work, void *memory)
     return sa_settle_streams(call);
 }
 
-int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_cache *cache, const sa_like *like)
+int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_store *cache, const sa_like *like)
 {
     sa_cuda_work work;
     void *memory = NULL;
-    sa_status status = sa_cuda_begin(params, cache, &work);
+    sa_status status = sa_cuda_begin(params, cache, call->stream, &work);
     if (status != SA_OK) {
         sa_raise(status);
         return -1;
