@@ -65,7 +65,7 @@ __device__ __forceinline__ void f32_scores(const sa_cuda_problem &p, const tile<
         int low, high;
         row_range(p, t, r, row + i, first, low, high);
         const bool seen = lane >= low && lane < high;
-        scores[i] = seen ? featured_score(p, t, r, row + i, first + lane, sum) : -infinity;
+        scores[i] = seen ? featured_score(p, r, t.head[row + i], t.position[row + i], t.slope[row + i], first + lane, sum) : -infinity;
     }
 }
 

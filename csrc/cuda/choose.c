@@ -6,13 +6,16 @@
 #include "../core/integers.h"
 
 /* Order: f16 and bf16 by depth for decode, then prefill, then the rest. */
-enum { DECODE, PREFILL = DECODE, ATTEND_F32 = DECODE + 6, ROTATE = ATTEND_F32 + 3, COMMIT, MASS };
+enum { DECODE, PREFILL = DECODE + 6, ATTEND_F32 = PREFILL + 6, ROTATE = ATTEND_F32 + 3, COMMIT, MASS };
 
 const sa_cuda_kernel sa_cuda_kernels[] = {
     {"decode_f16_64", "decode"},         {"decode_f16_128", "decode"},         {"decode_f16_256", "decode"},
     {"decode_bf16_64", "decode"},        {"decode_bf16_128", "decode"},        {"decode_bf16_256", "decode"},
+    {"prefill_f16_64", "prefill_sm80"},  {"prefill_f16_128", "prefill_sm80"},  {"prefill_f16_256", "prefill_sm80"},
+    {"prefill_bf16_64", "prefill_sm80"}, {"prefill_bf16_128", "prefill_sm80"}, {"prefill_bf16_256", "prefill_sm80"},
     {"attend_f32_64", "attend_f32"},     {"attend_f32_128", "attend_f32"},     {"attend_f32_256", "attend_f32"},
     {"cache_rotate", "cache"},           {"cache_commit", "cache"},
+    {"mass", "mass"},
 };
 const int sa_cuda_kernel_count = sizeof sa_cuda_kernels / sizeof sa_cuda_kernels[0];
 
@@ -100,6 +103,12 @@ static void reserve_partials(sa_cuda_problem *p, sa_cuda_plan *plan, int64_t uni
     }
 }
 
+/* A step of one token is one launch, unless the mass pass has to see the cache as it was. */
+static bool is_step(const sa_cuda_problem *p)
+{
+    return p->cache.keys != NULL && p->query_length == 1 && p->dtype != SA_CUDA_F32 && p->mass == NULL;
+}
+
 static bool plan_decode(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
 {
     const int64_t units = units_of(p, o, SA_DECODE_ROWS), slice = SA_DECODE_SLICE(o->depth);
@@ -119,7 +128,7 @@ static bool plan_decode(sa_cuda_problem *p, const sa_cuda_device *device, const 
     }
     p->row_tiles = tiles_of(p, o, SA_DECODE_ROWS);
     reserve_partials(p, plan, units, SA_DECODE_ROWS);
-    p->append = p->cache.keys != NULL && p->query_length == 1;
+    p->append = is_step(p);
     if (p->append) {
         plan->counter_count += p->batch;
     }
@@ -145,33 +154,33 @@ static bool plan_prefill(sa_cuda_problem *p, const outline *o, sa_cuda_plan *pla
 }
 
 /* A chunk is turned beforehand unless the decode kernel turns it on its way in. */
-static bool plan_rotate(sa_cuda_problem *p, const outline *o, sa_cuda_plan *plan)
+static bool plan_rotate(sa_cuda_problem *p, sa_cuda_plan *plan)
 {
     const bool turns = p->cache.pairs > 0 && (!p->cache.applied || (p->cache.slot_positions && p->pinned > 0));
-    if (p->cache.keys == NULL || !turns || (p->query_length == 1 && p->dtype != SA_CUDA_F32)) {
+    if (p->cache.keys == NULL || !turns || is_step(p)) {
         return true;
     }
     const int64_t tokens = p->batch * p->query_length, size = p->dtype == SA_CUDA_F32 ? 4 : 2;
     p->rotated_offset = reserve(plan, tokens * (2 * p->heads_q + p->heads_kv) * p->depth * size);
-    (void)o;
     return push(plan, ROTATE, tokens, 32 * SA_CACHE_WARPS, 1, SA_ROTATE_SHARED);
 }
 
-static bool plan_mass(sa_cuda_problem *p, const outline *o, sa_cuda_plan *plan)
+static bool plan_mass(const sa_cuda_problem *p, sa_cuda_plan *plan)
 {
     if (p->mass == NULL) {
         return true;
     }
     const int64_t runs = p->cache.keys != NULL ? 5 : 2, keys = p->cache.keys != NULL ? p->mass_length + p->query_length : p->kv_length;
     const int64_t tiles = p->sequences > 0 ? ceil_div(keys, SA_MASS_KEYS) + 2 * p->sequences : ceil_div(keys, SA_MASS_KEYS) + runs;
-    const int kernel = MASS + (p->dtype == SA_CUDA_F32 ? 0 : p->dtype == SA_CUDA_F16 ? 1 : 2);
-    return push(plan, kernel, tiles * p->heads_kv * (p->sequences > 0 ? 1 : p->batch), 32 * SA_MASS_WARPS, 1, SA_MASS_SHARED(o->depth));
+    return push(plan, MASS, tiles * p->heads_kv * (p->sequences > 0 ? 1 : p->batch), 32 * SA_MASS_WARPS, 1, SA_MASS_SHARED(p->depth));
 }
 
 static bool prefers_decode(const sa_cuda_problem *p, const outline *o)
 {
-    (void)o;
-    return p->dtype != SA_CUDA_F32; /* until there is a prefill kernel */
+    if (p->sequences > 0) {
+        return p->query_length <= 2 * p->sequences;
+    }
+    return p->query_length <= 16 || p->query_length * o->group <= 64;
 }
 
 static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_t size)
@@ -202,7 +211,7 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     if (problem->mass != NULL && problem->lse == NULL) {
         problem->lse_offset = reserve(plan, problem->batch * problem->heads_q * problem->query_length * 4);
     }
-    bool fits = plan_rotate(problem, &o, plan);
+    bool fits = plan_rotate(problem, plan);
     const int attend = plan->launch_count;
     if (problem->dtype == SA_CUDA_F32) {
         fits = fits && plan_f32(problem, device, &o, plan);
@@ -211,7 +220,7 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     } else {
         fits = fits && plan_prefill(problem, &o, plan);
     }
-    fits = fits && plan_mass(problem, &o, plan);
+    fits = fits && plan_mass(problem, plan);
     if (problem->cache.keys != NULL && !problem->append) {
         plan->counter_count += problem->batch;
         const int64_t written = min_i64(problem->query_length, 2 * SA_COMMIT_TOKENS + problem->pinned + problem->cache.capacity);

@@ -8,7 +8,7 @@
  *   attend_f32.cu    attend_f32_<d>    fp32, both
  *   cache.cu         cache_rotate      rotates a chunk into scratch
  *                    cache_commit      writes a chunk into the slots and advances lengths and lows
- *   mass.cu          mass_<t|f32>      per-key mass from lse
+ *   mass.cu          mass              per-key mass from lse
  *
  * For every kernel the host sets MAX_DYNAMIC_SHARED_SIZE_BYTES to the device's opt-in limit, and for decode on sm_90
  * NON_PORTABLE_CLUSTER_SIZE_ALLOWED to 1. */

@@ -8,7 +8,7 @@
  * time, multiplies with mma.sync (rows padded to 16: the tensor cores have time to spare) and keeps its own (m, l, acc). They meet at the end:
  * warps in shared memory, splits in distributed shared memory of a cluster, or in scratch where the last CTA to arrive finishes the tile.
  * All sums have a fixed order. */
-#include "finish.cuh"
+#include "multiply.cuh"
 
 namespace sa {
 
@@ -17,21 +17,11 @@ template <int depth> struct shape {
     static constexpr int half_stage = slice * row_bytes, stage = 2 * half_stage, ring = SA_DECODE_STAGES * stage;
 };
 
-/* Where piece (16 bytes) of a row lies: rows are swizzled so that ldmatrix meets no bank twice. */
-template <int depth> __device__ __forceinline__ uint32_t piece_at(int row, int piece)
-{
-    return row * (depth * 2) + ((piece ^ (row & 7)) * 16);
-}
-
 struct decode_shared {
     tile<SA_DECODE_ROWS> t;
     float turn[2][2][128]; /* own and pinned position; cos and sin */
 };
 static_assert(sizeof(decode_shared) <= SA_ROWS_SHARED, "room for what is known of the rows");
-
-template <int depth> struct warp_state {
-    float maximum[2], sum[2], values[depth / 8][4];
-};
 
 /* --- loading ---------------------------------------------------------------------------------------------------------------------- */
 
@@ -133,57 +123,14 @@ __device__ __forceinline__ void load_slice(const sa_cuda_problem &p, const decod
 
 /* --- one slice -------------------------------------------------------------------------------------------------------------------- */
 
-template <typename T, int depth>
-__device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys, float (&scores)[shape<depth>::slice / 8][4])
-{
-    const int lane = threadIdx.x % 32, row = lane % 16, key = lane % 8 + lane / 16 * 8, side = lane / 8 % 2;
-#pragma unroll
-    for (int step = 0; step < depth / 16; step++) {
-        uint32_t a[4], b[4];
-        load_matrices(a, queries + piece_at<depth>(row, 2 * step + lane / 16));
-#pragma unroll
-        for (int pair = 0; pair < shape<depth>::slice / 16; pair++) {
-            load_matrices(b, keys + piece_at<depth>(pair * 16 + key, 2 * step + side));
-            T::multiply(scores[2 * pair], a, b[0], b[1]);
-            T::multiply(scores[2 * pair + 1], a, b[2], b[3]);
-        }
-    }
-}
-
-template <typename T, int depth>
-__device__ __forceinline__ void multiply_values(uint32_t values, const float (&weights)[shape<depth>::slice / 8][4], float (&acc)[depth / 8][4])
+/* Clears the values of keys that none of the warp's rows sees: they may hold anything. */
+template <int depth> __device__ __noinline__ void clear_unseen(const float (&scores)[shape<depth>::slice / 8][4], char *values)
 {
     const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int step = 0; step < shape<depth>::slice / 16; step++) {
-        const float(&low)[4] = weights[2 * step], (&high)[4] = weights[2 * step + 1];
-        const uint32_t a[4] = {T::pack(low[0], low[1]), T::pack(low[2], low[3]), T::pack(high[0], high[1]), T::pack(high[2], high[3])};
-#pragma unroll
-        for (int pair = 0; pair < depth / 16; pair++) {
-            uint32_t b[4];
-            load_matrices_transposed(b, values + piece_at<depth>(step * 16 + lane % 16, 2 * pair + lane / 16));
-            T::multiply(acc[2 * pair], a, b[0], b[1]);
-            T::multiply(acc[2 * pair + 1], a, b[2], b[3]);
-        }
-    }
-}
-
-/* Hides what a row does not see, and clears the values of keys that no row sees: they may hold anything. */
-template <int depth>
-__device__ __noinline__ void mask_slice(const sa_cuda_problem &p, const tile<SA_DECODE_ROWS> &t, const run &r, int64_t first,
-                                        float (&scores)[shape<depth>::slice / 8][4], char *values)
-{
-    const int lane = threadIdx.x % 32;
-    int low[2], high[2];
-    row_range(p, t, r, lane / 4, first, low[0], high[0]);
-    row_range(p, t, r, lane / 4 + 8, first, low[1], high[1]);
 #pragma unroll
     for (int n = 0; n < shape<depth>::slice / 8; n++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            const int column = n * 8 + lane % 4 * 2 + e;
-            scores[n][e] = column >= low[0] && column < high[0] ? scores[n][e] : -infinity;
-            scores[n][e + 2] = column >= low[1] && column < high[1] ? scores[n][e + 2] : -infinity;
             const unsigned alive = __ballot_sync(~0u, scores[n][e] != -infinity || scores[n][e + 2] != -infinity);
             for (int quarter = 0; quarter < 4; quarter++) {
                 if ((alive & (0x11111111u << quarter)) == 0 && lane < shape<depth>::pieces) {
@@ -195,67 +142,6 @@ __device__ __noinline__ void mask_slice(const sa_cuda_problem &p, const tile<SA_
     __syncwarp();
 }
 
-template <int depth>
-__device__ __noinline__ void feature_slice(const sa_cuda_problem &p, const tile<SA_DECODE_ROWS> &t, const run &r, int64_t first,
-                                           float (&scores)[shape<depth>::slice / 8][4])
-{
-    const int lane = threadIdx.x % 32;
-    for (int half = 0; half < 2; half++) {
-        const int row = lane / 4 + 8 * half;
-        if (row >= t.real) {
-            continue;
-        }
-#pragma unroll
-        for (int n = 0; n < shape<depth>::slice / 8; n++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int64_t column = least(first + n * 8 + lane % 4 * 2 + e, r.count - 1);
-                float &s = half ? scores[n][e + 2] : scores[n][e];
-                s = featured_score(p, t, r, row, column, s);
-            }
-        }
-    }
-}
-
-/* Joins a slice's scores to the running state and turns them into weights. */
-template <int depth, int tiles> __device__ __forceinline__ void join_scores(float (&scores)[tiles][4], warp_state<depth> &state)
-{
-    float larger[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float maximum = state.maximum[half];
-#pragma unroll
-        for (int n = 0; n < tiles; n++) {
-            maximum = fmaxf(maximum, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-        }
-        maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
-        larger[half] = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
-    }
-    if (__any_sync(~0u, larger[0] > state.maximum[0] || larger[1] > state.maximum[1])) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float factor = factor_to(state.maximum[half], larger[half]);
-            state.sum[half] *= factor;
-            state.maximum[half] = larger[half];
-#pragma unroll
-            for (int n = 0; n < depth / 8; n++) {
-                state.values[n][2 * half] *= factor;
-                state.values[n][2 * half + 1] *= factor;
-            }
-        }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const float anchor = anchor_of(state.maximum[half]);
-#pragma unroll
-        for (int n = 0; n < tiles; n++) {
-            scores[n][2 * half] = exp2_fast(scores[n][2 * half] - anchor);
-            scores[n][2 * half + 1] = exp2_fast(scores[n][2 * half + 1] - anchor);
-            state.sum[half] += scores[n][2 * half] + scores[n][2 * half + 1];
-        }
-    }
-}
-
 template <typename T, int depth>
 __device__ __forceinline__ void attend_slice(const sa_cuda_problem &p, const decode_shared &s, const cursor &c, uint32_t queries, char *stage,
                                              warp_state<depth> &state)
@@ -265,24 +151,14 @@ __device__ __forceinline__ void attend_slice(const sa_cuda_problem &p, const dec
     const int64_t first = s.t.seen[c.run].low + (int64_t)(c.slice - s.t.first_slice[c.run]) * slice;
     float scores[slice / 8][4] = {};
     const bool second = r.kind == run_pinned && has_second_query(p);
-    multiply_keys<T, depth>(second ? queries + SA_DECODE_ROWS * depth * 2 : queries, shared_address(stage), scores);
-    if (is_featured(p, r)) {
-        feature_slice<depth>(p, s.t, r, first, scores);
-    } else {
-        const float scale = p.scale * log2e;
-#pragma unroll
-        for (int n = 0; n < slice / 8; n++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                scores[n][e] *= scale;
-            }
-        }
-    }
+    multiply_keys<T, depth, slice>(second ? queries + SA_DECODE_ROWS * depth * 2 : queries, shared_address(stage), scores);
+    scale_scores<slice>(p, s.t, r, 0, first, scores);
     if (first < s.t.all[c.run].low || first + slice > s.t.all[c.run].high || (r.kind == run_pinned && p.sink_bias.given)) {
-        mask_slice<depth>(p, s.t, r, first, scores, stage + shape<depth>::half_stage);
+        mask_scores<slice>(p, s.t, r, 0, first, scores);
+        clear_unseen<depth>(scores, stage + shape<depth>::half_stage);
     }
     join_scores(scores, state);
-    multiply_values<T, depth>(shared_address(stage) + shape<depth>::half_stage, scores, state.values);
+    multiply_values<T, depth, slice>(shared_address(stage) + shape<depth>::half_stage, scores, state.values);
 }
 
 /* --- the end ---------------------------------------------------------------------------------------------------------------------- */
@@ -416,7 +292,8 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
     }
     __syncthreads();
 
-    warp_state<depth> state = {{-infinity, -infinity}, {0.0f, 0.0f}, {}};
+    warp_state<depth> state;
+    clear_state(state);
     int stage = 0, filling = SA_DECODE_STAGES - 1;
     for (cursor c = {begin + warp, 0}; c.slice < end; c.slice += warps, loading.slice += warps) {
         if (loading.slice < end) {

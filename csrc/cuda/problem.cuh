@@ -470,9 +470,9 @@ __device__ __forceinline__ void row_range(const sa_cuda_problem &p, const tile<r
     high = row < t.real ? (int)clamp(own.high - first, 0, 1 << 20) : 0;
 }
 
-/* From a dot product to a score in log2 units, without mask. `column`: key of the run. */
-template <int row_limit>
-__device__ __forceinline__ float featured_score(const sa_cuda_problem &p, const tile<row_limit> &t, const run &r, int row, int64_t column, float dot)
+/* From a dot product to a score in log2 units, without mask. `column`: key of the run; slope: in log2 units. */
+__device__ __forceinline__ float featured_score(const sa_cuda_problem &p, const run &r, int64_t head, int64_t position, float slope, int64_t column,
+                                                float dot)
 {
     float s = dot * p.scale;
     if (p.softcap > 0.0f) {
@@ -480,16 +480,16 @@ __device__ __forceinline__ float featured_score(const sa_cuda_problem &p, const 
     }
     s *= log2e;
     if (r.kind == run_pinned && p.sink_bias.given) {
-        const float bias = number_at(p.sink_bias, t.head[row], r.position + column);
+        const float bias = number_at(p.sink_bias, head, r.position + column);
         s = bias == -infinity ? -infinity : s + bias * log2e;
     }
     if (r.kind != run_learned && p.alibi_slopes.given) {
-        int64_t from = t.position[row];
+        int64_t from = position;
         if (r.kind == run_pinned && p.cache.keys != nullptr && p.cache.slot_positions) {
             from = least(from, p.pinned + p.cache.window - 1);
         }
         const int64_t distance = from - r.position - column;
-        s -= t.slope[row] * (float)(distance < 0 ? -distance : distance);
+        s -= slope * (float)(distance < 0 ? -distance : distance);
     }
     return s;
 }
