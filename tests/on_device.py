@@ -7,7 +7,6 @@ import sinkattn
 from sinkattn.config import cuda_devices
 
 TENSORS = ("q", "k", "v", "sink_q", "sink_kv", "out")
-BITS = {2: np.int16, 4: np.int32}
 
 
 def has_cuda():
@@ -25,15 +24,12 @@ def _is_bfloat16(array):
 
 
 def _spanned(array):
-    """The memory that an array reaches, as one dense array, and where its first element lies."""
+    """The memory that an array without negative strides reaches, as one dense array."""
     if array.size == 0 or array.ndim == 0:
-        return array.reshape(-1), 0
-    reach = [(extent - 1) * stride for extent, stride in zip(array.shape, array.strides)]
-    low, high = (sum(r for r in reach if r < 0), sum(r for r in reach if r > 0))
-    dense = np.lib.stride_tricks.as_strided(
-        np.asarray(array)[tuple(0 if s >= 0 else -1 for s in array.strides)].reshape(1),
-        ((high - low) // array.itemsize + 1,), (array.itemsize,), writeable=False)
-    return dense, -low // array.itemsize
+        return array.reshape(-1)
+    last = sum((extent - 1) * stride for extent, stride in zip(array.shape, array.strides))
+    return np.lib.stride_tricks.as_strided(array[(slice(1),) * array.ndim],
+                                           (last // array.itemsize + 1,), (array.itemsize,))
 
 
 def to_device(array):
@@ -45,12 +41,13 @@ def to_device(array):
     if not isinstance(array, np.ndarray):
         return array
     bfloat16 = _is_bfloat16(array)
+    if not bfloat16 and (array.dtype.kind not in "biufc" or not array.dtype.isnative):
+        return array
     view = array.view(np.int16) if bfloat16 else array
     if any(s < 0 or s % array.itemsize for s in view.strides):
         view = np.ascontiguousarray(view)
-    dense, _ = _spanned(view)
     try:
-        tensor = torch.from_numpy(dense.copy()).cuda()
+        tensor = torch.from_numpy(_spanned(view).copy()).cuda()
     except TypeError:
         return array
     tensor = tensor.view(torch.bfloat16) if bfloat16 else tensor
@@ -72,14 +69,11 @@ def to_host(result, like):
 
 def _write_back(tensor, array):
     """The whole memory that `array` reaches, so that what a call wrote outside is seen."""
-    dense, _ = _spanned(array)
-    bits = BITS[array.itemsize]
-    dense.view(bits).setflags(write=False)
-    target = np.lib.stride_tricks.as_strided(array, dense.shape, (array.itemsize,), writeable=True)
     import torch
-    whole = torch.as_strided(tensor, dense.shape, (1,), 0)
-    source = torch.int16 if bits is np.int16 else torch.int32
-    target.view(bits)[...] = whole.view(source).cpu().numpy()
+    target = _spanned(array)
+    whole = torch.as_strided(tensor, target.shape, (1,), 0)
+    bits = {2: torch.int16, 4: torch.int32}[array.itemsize]
+    target.view(f"i{array.itemsize}")[...] = whole.view(bits).cpu().numpy()
 
 
 def _move(name, value, numbers):

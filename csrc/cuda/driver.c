@@ -232,12 +232,18 @@ static sa_status need_driver(const char *function)
                                      opened == SA_NOT_IMPLEMENTED ? "; the backends of this build are: cpu" : "");
 }
 
-sa_status sa_device_enter(const char *function, int ordinal, sa_device_scope *scope)
+sa_status sa_device_check(const char *function, int ordinal)
 {
     SA_TRY(need_driver(function));
     if (ordinal < 0 || ordinal >= state.device_count) {
         return sa_fail(SA_VALUE_ERROR, "%s(): device is cuda:%d, expected cuda:0 to cuda:%d", function, ordinal, state.device_count - 1);
     }
+    return SA_OK;
+}
+
+sa_status sa_device_enter(const char *function, int ordinal, sa_device_scope *scope)
+{
+    SA_TRY(sa_device_check(function, ordinal));
     device_state *device = &state.devices[ordinal];
     if (!atomic_load_explicit(&device->ready, memory_order_acquire)) {
         SA_TRY(prepare_locked(function, ordinal));

@@ -22,6 +22,9 @@ typedef struct sa_device_scope {
     bool pushed;
 } sa_device_scope;
 
+/* Can the device be used? Without a context being touched. */
+sa_status sa_device_check(const char *function, int ordinal);
+
 sa_status sa_device_enter(const char *function, int ordinal, sa_device_scope *scope);
 void sa_device_leave(const sa_device_scope *scope);
 

@@ -1,5 +1,6 @@
 #include "bind_params.h"
 
+#include "../cuda/driver.h"
 #include "device.h"
 
 int sa_view_given(sa_call *call, const char *name, PyObject *object, sa_tensor *tensor)
@@ -22,7 +23,9 @@ int sa_parse_tensors(sa_call *call, PyObject *q, PyObject *k, PyObject *v, PyObj
     }
     params->on_cuda = sa_is_cuda(call->device);
     params->device = call->device.device_id;
-    return 0;
+    const sa_status status = params->on_cuda ? sa_device_check(call->function, params->device) : SA_OK;
+    sa_raise(status);
+    return status == SA_OK ? 0 : -1;
 }
 
 static int parse_sink_kv(sa_call *call, PyObject *pair, sa_attend_params *params)

@@ -226,11 +226,13 @@ static PyObject *numpy_result(const sa_like *like, sa_dtype dtype, int rank, con
     return array;
 }
 
+/* Libraries call every failure one of memory, and may say so at length. */
 static void set_error(void *context, const char *kind, const char *message)
 {
     (void)context;
     (void)kind;
-    PyErr_SetString(PyExc_MemoryError, message);
+    const int line = (int)strcspn(message, "\n");
+    PyErr_Format(strstr(message, "out of memory") != NULL ? PyExc_MemoryError : PyExc_RuntimeError, "%.*s", line, message);
 }
 
 static DLManagedTensorVersioned *exchange_memory(const sa_like *like, DLDataType dtype, int rank, const int64_t *shape)
