@@ -121,7 +121,7 @@ template <int depth> __device__ __forceinline__ void attend_f32(const sa_cuda_pr
     tile<f32_rows> &t = *(tile<f32_rows> *)memory;
     float *queries = (float *)(memory + SA_ROWS_SHARED), *keys = queries + f32_rows * stride, *values = keys + f32_keys * stride;
     float *weights = values + f32_keys * stride;
-    const int64_t unit = blockIdx.x / p.splits;
+    const uint32_t unit = blockIdx.x / p.splits;
     const int split = blockIdx.x % p.splits, lane = threadIdx.x % 32, row = threadIdx.x / 32 * own_rows;
     if (!begin_tile(p, unit, f32_keys, t)) {
         return;
@@ -133,8 +133,8 @@ template <int depth> __device__ __forceinline__ void attend_f32(const sa_cuda_pr
     for (int i = 0; i < own_rows; i++) {
         state.maximum[i] = -infinity;
     }
-    const int64_t slices = t.first_slice[t.list.count];
-    const int begin = (int)(slices * split / p.splits), end = (int)(slices * (split + 1) / p.splits);
+    int begin, end;
+    share_slices(t.first_slice[t.list.count], split, p.splits, begin, end);
     for (int slice = begin, index = 0, loaded = -1; slice < end; slice++) {
         while (slice >= t.first_slice[index + 1]) {
             index++;

@@ -20,41 +20,27 @@ template <int depth> struct shape {
 struct decode_shared {
     tile<SA_DECODE_ROWS> t;
     float turn[2][2][128]; /* own and pinned position; cos and sin */
+    alignas(16) uint16_t new_key[256];
+    alignas(16) uint16_t new_value[256];
 };
-static_assert(sizeof(decode_shared) <= SA_ROWS_SHARED, "room for what is known of the rows");
+static_assert(sizeof(decode_shared) <= SA_DECODE_ROWS_SHARED, "room for what is known of the rows");
 
-/* --- loading ---------------------------------------------------------------------------------------------------------------------- */
-
-/* Element d of a vector turned by a table of cos and sin. */
-template <typename T>
-__device__ __forceinline__ float turned(const sa_cuda_cache &cache, const float (&table)[2][128], const uint16_t *source, int d)
-{
-    const int pairs = (int)cache.pairs;
-    const float own = T::wide(source[d]);
-    if (d >= 2 * pairs) {
-        return own;
-    }
-    const int pair = cache.interleaved ? d / 2 : d < pairs ? d : d - pairs;
-    const bool second = cache.interleaved ? d % 2 : d >= pairs;
-    const int step = cache.interleaved ? 1 : pairs;
-    const float other = T::wide(source[second ? d - step : d + step]);
-    return second ? own * table[0][pair] + other * table[1][pair] : own * table[0][pair] - other * table[1][pair];
-}
+/* --- queries, and the token of a step ---------------------------------------------------------------------------------------------- */
 
 /* The rows of queries, zero beyond depth and beyond the real rows. */
-template <typename T, int depth>
-__device__ void load_queries(const sa_cuda_problem &p, const decode_shared &s, const sa_cuda_tensor &source, bool turn, int kind, char *target)
+template <int depth> __device__ void load_queries(const sa_cuda_problem &p, const decode_shared &s, const sa_cuda_tensor &source, char *target)
 {
     for (int i = threadIdx.x; i < SA_DECODE_ROWS * shape<depth>::pieces; i += blockDim.x) {
         const int row = i / shape<depth>::pieces, piece = i % shape<depth>::pieces;
         uint16_t part[8] = {};
         if (row < s.t.real) {
-            const uint16_t *from = (const uint16_t *)element(source, s.t.at.batch, s.t.head[row], s.t.at.query_begin + s.t.token[row], 2);
+            const uint16_t *from = (const uint16_t *)element(source, s.t.at.batch, s.t.head[row], s.t.at.query_begin + s.t.token[row], 2) + piece * 8;
+            if (piece * 8 + 8 <= p.depth && ((uintptr_t)from & 15) == 0) {
+                *(uint4 *)part = *(const uint4 *)from;
+            } else {
 #pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const int d = piece * 8 + e;
-                if (d < p.depth) {
-                    part[e] = turn ? narrow<T>(turned<T>(p.cache, s.turn[kind], from, d)) : from[d];
+                for (int e = 0; e < 8; e++) {
+                    part[e] = piece * 8 + e < p.depth ? from[e] : 0;
                 }
             }
         }
@@ -62,103 +48,293 @@ __device__ void load_queries(const sa_cuda_problem &p, const decode_shared &s, c
     }
 }
 
-/* Rows that cp.async cannot take: element by element, turned if they still have to be. */
-template <typename T, int depth>
-__device__ __noinline__ void load_elements(const sa_cuda_cache &cache, const float (&table)[2][128], bool turn, const char *source, int64_t stride,
-                                           int rows, int width, char *target)
+/* The key and value that a step brings. */
+__device__ void load_token(const sa_cuda_problem &p, decode_shared &s)
+{
+    const uint16_t *key = (const uint16_t *)element(p.key, s.t.at.batch, s.t.kv_head, 0, 2);
+    const uint16_t *value = (const uint16_t *)element(p.value, s.t.at.batch, s.t.kv_head, 0, 2);
+    for (int d = threadIdx.x; d < 256; d += blockDim.x) {
+        s.new_key[d] = d < p.depth ? key[d] : 0;
+        s.new_value[d] = d < p.depth_v ? value[d] : 0;
+    }
+}
+
+__device__ void fill_turns(const sa_cuda_problem &p, decode_shared &s)
+{
+    for (int i = threadIdx.x; i < 2 * p.cache.pairs; i += blockDim.x) {
+        const int kind = i >= p.cache.pairs, pair = i - kind * (int)p.cache.pairs;
+        const int64_t position = kind ? pinned_turn(p, s.t.at.position) : s.t.at.position;
+        rotation(p.cache, position, pair, !p.cache.applied, s.turn[kind][0][pair], s.turn[kind][1][pair]);
+    }
+}
+
+template <typename T> __device__ __forceinline__ void turn_pair(const float (&table)[2][128], int pair, uint16_t *first, uint16_t *second)
+{
+    const float x = T::wide(*first), y = T::wide(*second);
+    *first = narrow<T>(x * table[0][pair] - y * table[1][pair]);
+    *second = narrow<T>(y * table[0][pair] + x * table[1][pair]);
+}
+
+/* Rotates in place what arrived raw: both queries and the new key; of what arrived rotated, only the query for the pinned keys. */
+template <typename T, int depth> __device__ void turn_all(const sa_cuda_problem &p, decode_shared &s, char *queries)
+{
+    const int pairs = (int)p.cache.pairs, rows = s.t.real;
+    const auto at = [&](char *base, int row, int d) { return (uint16_t *)(base + piece_at<depth>(row, d / 8)) + d % 8; };
+    for (int i = threadIdx.x; i < (2 * rows + 1) * pairs; i += blockDim.x) {
+        const int row = i / pairs, pair = i % pairs;
+        const int first = p.cache.interleaved ? 2 * pair : pair, second = p.cache.interleaved ? 2 * pair + 1 : pair + pairs;
+        char *pinned = queries + SA_DECODE_ROWS * depth * 2;
+        if (row < rows && has_second_query(p)) {
+            turn_pair<T>(s.turn[1], pair, at(pinned, row, first), at(pinned, row, second));
+        } else if (row >= rows && row < 2 * rows && !p.cache.applied) {
+            turn_pair<T>(s.turn[0], pair, at(queries, row - rows, first), at(queries, row - rows, second));
+        } else if (row == 2 * rows && !p.cache.applied) {
+            turn_pair<T>(s.turn[0], pair, &s.new_key[first], &s.new_key[second]);
+        }
+    }
+}
+
+/* Writes the token of a step into its slot. No query of this call sees what stood there: it left the window. */
+__device__ void append_token(const sa_cuda_problem &p, const decode_shared &s)
+{
+    const place &at = s.t.at;
+    if (at.query_count == 0) {
+        return;
+    }
+    const int64_t slot = at.length < p.pinned ? at.length : p.pinned + (at.length - p.pinned) % p.cache.capacity;
+    const int64_t row = (at.batch * p.heads_kv + s.t.kv_head) * (p.pinned + p.cache.capacity) + slot;
+    for (int64_t d = threadIdx.x; d < p.depth; d += blockDim.x) {
+        ((uint16_t *)p.cache.keys)[row * p.depth + d] = s.new_key[d];
+    }
+    for (int64_t d = threadIdx.x; d < p.depth_v; d += blockDim.x) {
+        ((uint16_t *)p.cache.values)[row * p.depth_v + d] = s.new_value[d];
+    }
+}
+
+/* --- keys and values --------------------------------------------------------------------------------------------------------------- */
+
+/* A lane's walk over the slices that its warp loads: every `warps`-th. What a run has in common is read when the run is entered. */
+template <int depth> struct loader {
+    static constexpr int slice_keys = shape<depth>::slice, pieces = shape<depth>::pieces, step = 32 / pieces; /* rows of one instruction */
+    const char *key, *value;                                                                                   /* the lane's piece of its first row */
+    int64_t key_stride, value_stride, left; /* bytes of `step` rows; keys from here to the end of what is seen */
+    int slice, run, run_end;
+
+    __device__ __forceinline__ void enter(const tile<SA_DECODE_ROWS> &t)
+    {
+        while (slice >= t.first_slice[run + 1]) {
+            run++;
+        }
+        const int lane = threadIdx.x % 32;
+        const sa::run &r = t.list.runs[run];
+        const int64_t first = t.seen[run].low + (int64_t)(slice - t.first_slice[run]) * slice_keys;
+        run_end = t.first_slice[run + 1];
+        left = t.seen[run].high - first;
+        key = r.key + (first + lane / pieces) * r.key_stride + lane % pieces * 16;
+        value = r.value + (first + lane / pieces) * r.value_stride + lane % pieces * 16;
+        key_stride = r.key_stride * step;
+        value_stride = r.value_stride * step;
+    }
+
+    __device__ __forceinline__ void advance(const tile<SA_DECODE_ROWS> &t, int warps, int end)
+    {
+        slice += warps;
+        if (slice < run_end) {
+            key += key_stride * (warps * (slice_keys / step));
+            value += value_stride * (warps * (slice_keys / step));
+            left -= warps * slice_keys;
+        } else if (slice < end) {
+            enter(t);
+        }
+    }
+
+    __device__ __forceinline__ void copy(const char *from, int64_t stride, int width, uint32_t target, uint64_t policy) const
+    {
+        const int lane = threadIdx.x % 32, row = lane / pieces, piece = lane % pieces;
+        if (piece * 8 >= width) {
+            return;
+        }
+        if (left >= slice_keys) {
+#pragma unroll
+            for (int i = 0; i < slice_keys; i += step) {
+                copy_async_16(target + piece_at<depth>(row + i, piece), from, policy);
+                from += stride;
+            }
+        } else {
+            for (int i = row; i < left; i += step) {
+                copy_async_16(target + piece_at<depth>(i, piece), from, policy);
+                from += stride;
+            }
+        }
+    }
+};
+
+/* Rows that cp.async cannot take: element by element. */
+template <int depth> __device__ __noinline__ void load_elements(const char *source, int64_t stride, int rows, int width, char *target)
 {
     for (int i = threadIdx.x % 32; i < rows * width; i += 32) {
         const int row = i / width, d = i % width;
-        const uint16_t *from = (const uint16_t *)(source + row * stride);
-        *(uint16_t *)(target + piece_at<depth>(row, d / 8) + d % 8 * 2) = turn ? narrow<T>(turned<T>(cache, table, from, d)) : from[d];
+        *(uint16_t *)(target + piece_at<depth>(row, d / 8) + d % 8 * 2) = ((const uint16_t *)(source + row * stride))[d];
     }
 }
 
 template <int depth>
-__device__ __forceinline__ void load_pieces(const char *source, int64_t stride, int rows, int width, uint32_t target, uint64_t policy)
+__device__ __forceinline__ void load_slice(const sa_cuda_problem &p, const decode_shared &s, const loader<depth> &l, char *stage, uint64_t policy)
 {
-    constexpr int pieces = shape<depth>::pieces, step = 32 / pieces;
-    const int lane = threadIdx.x % 32, row = lane / pieces, piece = lane % pieces;
-    if (piece * 8 >= width) {
-        return;
-    }
-    const char *from = source + row * stride + piece * 16;
-#pragma unroll
-    for (int i = 0; i < shape<depth>::slice; i += step) {
-        if (row + i < rows) {
-            copy_async_16(target + piece_at<depth>(row + i, piece), from, policy);
-        }
-        from += step * stride;
-    }
-}
-
-/* A warp's walk over the slices of its split. */
-struct cursor {
-    int slice, run;
-};
-
-template <int row_limit> __device__ __forceinline__ void settle(const tile<row_limit> &t, cursor &c)
-{
-    while (c.slice >= t.first_slice[c.run + 1]) {
-        c.run++;
-    }
-}
-
-template <typename T, int depth>
-__device__ __forceinline__ void load_slice(const sa_cuda_problem &p, const decode_shared &s, const cursor &c, char *stage, uint64_t policy)
-{
-    const run &r = s.t.list.runs[c.run];
-    const int64_t first = s.t.seen[c.run].low + (int64_t)(c.slice - s.t.first_slice[c.run]) * shape<depth>::slice;
-    const int rows = (int)least(shape<depth>::slice, s.t.seen[c.run].high - first);
-    const char *key = r.key + first * r.key_stride, *value = r.value + first * r.value_stride;
     char *values = stage + shape<depth>::half_stage;
-    if (p.aligned && !r.raw) {
-        load_pieces<depth>(key, r.key_stride, rows, (int)p.depth, shared_address(stage), policy);
-        load_pieces<depth>(value, r.value_stride, rows, (int)p.depth_v, shared_address(values), policy);
+    if (p.aligned) {
+        l.copy(l.key, l.key_stride, (int)p.depth, shared_address(stage), policy);
+        l.copy(l.value, l.value_stride, (int)p.depth_v, shared_address(values), policy);
     } else {
-        load_elements<T, depth>(p.cache, s.turn[0], r.raw, key, r.key_stride, rows, (int)p.depth, stage);
-        load_elements<T, depth>(p.cache, s.turn[0], false, value, r.value_stride, rows, (int)p.depth_v, values);
+        const run &r = s.t.list.runs[l.run];
+        const int64_t first = s.t.seen[l.run].high - l.left;
+        const int rows = (int)least(shape<depth>::slice, l.left);
+        load_elements<depth>(r.key + first * r.key_stride, r.key_stride, rows, (int)p.depth, stage);
+        load_elements<depth>(r.value + first * r.value_stride, r.value_stride, rows, (int)p.depth_v, values);
     }
 }
 
 /* --- one slice -------------------------------------------------------------------------------------------------------------------- */
 
-/* Clears the values of keys that none of the warp's rows sees: they may hold anything. */
-template <int depth> __device__ __noinline__ void clear_unseen(const float (&scores)[shape<depth>::slice / 8][4], char *values)
+/* Which keys of a slice some row of the warp sees, a bit each. */
+template <int slice> __device__ __forceinline__ uint32_t seen_keys(const score_tile<slice> &scores)
 {
-    const int lane = threadIdx.x % 32;
+    uint32_t seen = 0;
 #pragma unroll
-    for (int n = 0; n < shape<depth>::slice / 8; n++) {
+    for (int n = 0; n < slice / 8; n++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            const unsigned alive = __ballot_sync(~0u, scores[n][e] != -infinity || scores[n][e + 2] != -infinity);
-            for (int quarter = 0; quarter < 4; quarter++) {
-                if ((alive & (0x11111111u << quarter)) == 0 && lane < shape<depth>::pieces) {
-                    *(uint4 *)(values + piece_at<depth>(n * 8 + quarter * 2 + e, lane)) = make_uint4(0, 0, 0, 0);
-                }
-            }
+            uint32_t rows = __ballot_sync(~0u, scores.at[n][e] != -infinity || scores.at[n][e + 2] != -infinity);
+            rows |= rows >> 16;
+            rows |= rows >> 8;
+            rows |= rows >> 4; /* bit i: column 2 i + e of the tile */
+            seen |= ((rows & 1) | (rows & 2) << 1 | (rows & 4) << 2 | (rows & 8) << 3) << (n * 8 + e);
+        }
+    }
+    return seen;
+}
+
+/* Clears the values of keys that none of the warp's rows sees: they may hold anything. */
+template <int depth> __device__ __forceinline__ void clear_unseen(uint32_t seen, char *values)
+{
+    const int lane = threadIdx.x % 32;
+    for (int key = 0; key < shape<depth>::slice; key++) {
+        if ((seen >> key & 1) == 0 && lane < shape<depth>::pieces) {
+            *(uint4 *)(values + piece_at<depth>(key, lane)) = make_uint4(0, 0, 0, 0);
         }
     }
     __syncwarp();
 }
 
+/* What a warp knows of the run that it is in: read when the run is entered. */
+struct walker {
+    int slice, run, run_end;
+    int clean_begin, clean_end; /* slices that every row sees whole */
+    bool second;                /* the second query is in use */
+
+    template <int slice_keys> __device__ __forceinline__ void enter(const sa_cuda_problem &p, const tile<SA_DECODE_ROWS> &t)
+    {
+        while (slice >= t.first_slice[run + 1]) {
+            run++;
+        }
+        const sa::run &r = t.list.runs[run];
+        const int64_t low = t.seen[run].low;
+        run_end = t.first_slice[run + 1];
+        second = r.kind == run_pinned && has_second_query(p);
+        clean_begin = t.first_slice[run] + (int)((uint64_t)(t.all[run].low - low + slice_keys - 1) / slice_keys);
+        clean_end = t.first_slice[run] + (int)((uint64_t)most(t.all[run].high - low, 0) / slice_keys);
+        if (r.kind == run_pinned && p.sink_bias.given) {
+            clean_end = 0; /* a bias of -inf removes a column */
+        }
+    }
+};
+
+/* The queries of a tile as multiply_keys takes them: in registers where there is room, else in shared memory. */
+template <int depth> struct held_queries {
+    static constexpr bool held = depth <= 128;
+    uint32_t part[held ? depth / 16 : 1][4];
+    uint32_t address;
+
+    __device__ __forceinline__ void load(uint32_t from)
+    {
+        const int lane = threadIdx.x % 32;
+        address = from;
+        if constexpr (held) {
+#pragma unroll
+            for (int step = 0; step < depth / 16; step++) {
+                load_matrices(part[step], from + piece_at<depth>(lane % 16, 2 * step + lane / 16));
+            }
+        }
+    }
+};
+
 template <typename T, int depth>
-__device__ __forceinline__ void attend_slice(const sa_cuda_problem &p, const decode_shared &s, const cursor &c, uint32_t queries, char *stage,
-                                             warp_state<depth> &state)
+__device__ __forceinline__ void score_slice(const held_queries<depth> &queries, uint32_t keys, score_tile<shape<depth>::slice> &scores)
+{
+    if constexpr (!held_queries<depth>::held) {
+        multiply_keys<T, depth, shape<depth>::slice>(queries.address, keys, scores);
+    } else {
+        const int lane = threadIdx.x % 32, key = lane % 8 + lane / 16 * 8, side = lane / 8 % 2;
+        score_tile<shape<depth>::slice> odd = {}; /* two chains are done sooner than one */
+#pragma unroll
+        for (int step = 0; step < depth / 16; step++) {
+#pragma unroll
+            for (int pair = 0; pair < shape<depth>::slice / 16; pair++) {
+                uint32_t b[4];
+                load_matrices(b, keys + piece_at<depth>(pair * 16 + key, 2 * step + side));
+                float(&low)[4] = step % 2 ? odd.at[2 * pair] : scores.at[2 * pair];
+                float(&high)[4] = step % 2 ? odd.at[2 * pair + 1] : scores.at[2 * pair + 1];
+                T::multiply(low, queries.part[step], b[0], b[1]);
+                T::multiply(high, queries.part[step], b[2], b[3]);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < shape<depth>::slice / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                scores.at[n][e] += odd.at[n][e];
+            }
+        }
+    }
+}
+
+/* Joins a slice in shared memory to the warp's state. `first`: its first key in the run. */
+template <typename T, int depth>
+__device__ __forceinline__ void attend_slice(const sa_cuda_problem &p, const tile<SA_DECODE_ROWS> &t, const run &r, int64_t first, bool masked,
+                                             const held_queries<depth> &queries, char *stage, warp_state<depth> &state)
 {
     constexpr int slice = shape<depth>::slice;
-    const run &r = s.t.list.runs[c.run];
-    const int64_t first = s.t.seen[c.run].low + (int64_t)(c.slice - s.t.first_slice[c.run]) * slice;
-    float scores[slice / 8][4] = {};
-    const bool second = r.kind == run_pinned && has_second_query(p);
-    multiply_keys<T, depth, slice>(second ? queries + SA_DECODE_ROWS * depth * 2 : queries, shared_address(stage), scores);
-    scale_scores<slice>(p, s.t, r, 0, first, scores);
-    if (first < s.t.all[c.run].low || first + slice > s.t.all[c.run].high || (r.kind == run_pinned && p.sink_bias.given)) {
-        mask_scores<slice>(p, s.t, r, 0, first, scores);
-        clear_unseen<depth>(scores, stage + shape<depth>::half_stage);
+    score_tile<slice> scores = {};
+    score_slice<T>(queries, shared_address(stage), scores);
+    scale_scores<slice>(p, t, r, 0, first, scores);
+    if (masked) {
+        mask_scores<slice>(p, t, r, 0, first, scores);
+        clear_unseen<depth>(seen_keys(scores), stage + shape<depth>::half_stage);
     }
     join_scores(scores, state);
     multiply_values<T, depth, slice>(shared_address(stage) + shape<depth>::half_stage, scores, state.values);
+}
+
+/* The token of a step, which is not in the cache yet: a slice of one key. */
+template <typename T, int depth>
+__device__ __noinline__ warp_state<depth> attend_token(const sa_cuda_problem &p, const decode_shared &s, uint32_t queries, char *stage,
+                                                       warp_state<depth> state)
+{
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < s.t.list.count; i++) {
+        const run &r = s.t.list.runs[i];
+        if (r.raw) {
+            if (lane < shape<depth>::pieces) {
+                *(uint4 *)(stage + piece_at<depth>(0, lane)) = ((const uint4 *)s.new_key)[lane];
+                *(uint4 *)(stage + shape<depth>::half_stage + piece_at<depth>(0, lane)) = ((const uint4 *)s.new_value)[lane];
+            }
+            __syncwarp();
+            held_queries<depth> held;
+            held.load(r.kind == run_pinned && has_second_query(p) ? queries + SA_DECODE_ROWS * depth * 2 : queries);
+            attend_slice<T, depth>(p, s.t, r, 0, true, held, stage, state);
+        }
+    }
+    return state;
 }
 
 /* --- the end ---------------------------------------------------------------------------------------------------------------------- */
@@ -214,37 +390,52 @@ template <int depth> __device__ partial merge_warps(const sa_cuda_problem &p, co
     return {merged, merged_states, depth};
 }
 
-/* --- appending -------------------------------------------------------------------------------------------------------------------- */
-
-/* Writes the new token of a kv head into its slot. No query of this call sees what stood there: it left the window. */
-template <typename T> __device__ void append_token(const sa_cuda_problem &p, const decode_shared &s)
-{
-    const place &at = s.t.at;
-    if (at.query_count == 0) {
-        return;
-    }
-    const int64_t slot = at.length < p.pinned ? at.length : p.pinned + (at.length - p.pinned) % p.cache.capacity;
-    const int64_t row = (at.batch * p.heads_kv + s.t.kv_head) * (p.pinned + p.cache.capacity) + slot;
-    const uint16_t *key = (const uint16_t *)element(p.key, at.batch, s.t.kv_head, 0, 2);
-    const uint16_t *value = (const uint16_t *)element(p.value, at.batch, s.t.kv_head, 0, 2);
-    const bool turn = p.cache.pairs > 0 && !p.cache.applied;
-    for (int64_t d = threadIdx.x; d < p.depth; d += blockDim.x) {
-        ((uint16_t *)p.cache.keys)[row * p.depth + d] = turn ? narrow<T>(turned<T>(p.cache, s.turn[0], key, (int)d)) : key[d];
-    }
-    for (int64_t d = threadIdx.x; d < p.depth_v; d += blockDim.x) {
-        ((uint16_t *)p.cache.values)[row * p.depth_v + d] = value[d];
-    }
-}
-
 /* --- the kernel ------------------------------------------------------------------------------------------------------------------- */
+
+/* The warp's slices of begin .. end - 1, through its ring. */
+template <typename T, int depth>
+__device__ __forceinline__ void attend_slices(const sa_cuda_problem &p, const decode_shared &s, loader<depth> &load, int begin, int end,
+                                              uint32_t queries, char *ring, uint64_t policy, warp_state<depth> &state)
+{
+    constexpr int slice = shape<depth>::slice;
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    held_queries<depth> held;
+    held.load(queries);
+    int stage = 0, filling = SA_DECODE_STAGES - 1;
+    bool second = false;
+    walker w = {begin + warp, 0, 0};
+    for (; w.slice < end; w.slice += warps) {
+        if (load.slice < end) {
+            load_slice<depth>(p, s, load, ring + filling * shape<depth>::stage, policy);
+            load.advance(s.t, warps, end);
+        }
+        copy_async_commit();
+        copy_async_wait<SA_DECODE_STAGES - 1>();
+        __syncwarp();
+        if (w.slice >= w.run_end) {
+            w.enter<slice>(p, s.t);
+            if (w.second != second) {
+                held.load(w.second ? queries + SA_DECODE_ROWS * depth * 2 : queries);
+                second = w.second;
+            }
+        }
+        const int64_t first = s.t.seen[w.run].low + (int64_t)(w.slice - s.t.first_slice[w.run]) * slice;
+        attend_slice<T, depth>(p, s.t, s.t.list.runs[w.run], first, w.slice < w.clean_begin || w.slice >= w.clean_end, held,
+                               ring + stage * shape<depth>::stage, state);
+        __syncwarp();
+        stage = stage + 1 == SA_DECODE_STAGES ? 0 : stage + 1;
+        filling = filling + 1 == SA_DECODE_STAGES ? 0 : filling + 1;
+    }
+    copy_async_wait<0>();
+}
 
 template <typename T, int depth> __device__ __forceinline__ void decode(const sa_cuda_problem &p)
 {
     extern __shared__ __align__(128) char memory[];
     decode_shared &s = *(decode_shared *)memory;
-    char *queries = memory + SA_ROWS_SHARED, *rings = memory + SA_DECODE_SHARED(depth);
+    char *queries = memory + SA_DECODE_ROWS_SHARED, *rings = memory + SA_DECODE_SHARED(depth);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int64_t unit = blockIdx.x / p.splits;
+    const uint32_t unit = blockIdx.x / p.splits;
     const int split = blockIdx.x % p.splits;
     char *ring = rings + warp * shape<depth>::ring;
     if (p.depth < depth || p.depth_v < depth) { /* what no load fills must be zero */
@@ -255,61 +446,57 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
     if (!begin_tile(p, unit, shape<depth>::slice, s.t)) {
         return;
     }
-    if (rotates_inside(p)) {
-        for (int i = threadIdx.x; i < 2 * p.cache.pairs; i += blockDim.x) {
-            const int kind = i >= p.cache.pairs, pair = i - kind * (int)p.cache.pairs;
-            const int64_t position = kind ? pinned_turn(p, s.t.at.position) : s.t.at.position;
-            rotation(p.cache, position, pair, !p.cache.applied, s.turn[kind][0][pair], s.turn[kind][1][pair]);
-        }
-        __syncthreads();
-    }
-
-    const int64_t slices = s.t.first_slice[s.t.list.count];
-    const int begin = (int)(slices * split / p.splits), end = (int)(slices * (split + 1) / p.splits);
+    int begin, end;
+    share_slices(s.t.first_slice[s.t.list.count], split, p.splits, begin, end);
     const uint64_t policy = p.row_tiles > 1 ? policy_evict_normal() : policy_evict_first();
-    cursor loading = {begin + warp, 0};
-    for (int i = 0; i < SA_DECODE_STAGES - 1; i++, loading.slice += warps) {
-        if (loading.slice < end) {
-            settle(s.t, loading);
-            load_slice<T, depth>(p, s, loading, ring + i * shape<depth>::stage, policy);
+    loader<depth> load = {};
+    load.slice = begin + warp;
+    if (load.slice < end) {
+        load.enter(s.t);
+    }
+    for (int i = 0; i < SA_DECODE_STAGES - 1; i++) {
+        if (load.slice < end) {
+            load_slice<depth>(p, s, load, ring + i * shape<depth>::stage, policy);
+            load.advance(s.t, warps, end);
         }
         copy_async_commit();
     }
 
-    load_queries<T, depth>(p, s, query_tensor(p), rotates_inside(p) && !p.cache.applied, 0, queries);
+    const bool turns = rotates_inside(p);
+    load_queries<depth>(p, s, query_tensor(p), queries);
     if (has_second_query(p)) {
-        load_queries<T, depth>(p, s, second_query_tensor(p), rotates_inside(p), 1, queries + SA_DECODE_ROWS * depth * 2);
+        load_queries<depth>(p, s, second_query_tensor(p), queries + SA_DECODE_ROWS * depth * 2);
+    }
+    if (p.append) {
+        load_token(p, s);
+    }
+    if (turns) {
+        fill_turns(p, s);
     }
     if (threadIdx.x < s.t.real) {
         s.t.sink[threadIdx.x] = sink_of(p, s.t.head[threadIdx.x]);
-    }
-    if (p.append && split == 0 && unit % p.row_tiles == 0) {
-        append_token<T>(p, s);
     }
     if (p.append && threadIdx.x == blockDim.x - 1) {
         const int64_t units = p.batch * p.heads_kv * p.row_tiles;
         advance(p, s.t.at, (p.splits > 1 && !p.clustered ? units : 0) + s.t.at.batch, p.heads_kv * p.row_tiles * p.splits);
     }
     __syncthreads();
+    if (turns) {
+        turn_all<T, depth>(p, s, queries);
+        __syncthreads();
+    }
 
     warp_state<depth> state;
     clear_state(state);
-    int stage = 0, filling = SA_DECODE_STAGES - 1;
-    for (cursor c = {begin + warp, 0}; c.slice < end; c.slice += warps, loading.slice += warps) {
-        if (loading.slice < end) {
-            settle(s.t, loading);
-            load_slice<T, depth>(p, s, loading, ring + filling * shape<depth>::stage, policy);
+    attend_slices<T, depth>(p, s, load, begin, end, shared_address(queries), ring, policy, state);
+    if (p.append && split == p.splits - 1) {
+        if (warp == warps - 1) {
+            state = attend_token<T, depth>(p, s, shared_address(queries), ring, state);
         }
-        copy_async_commit();
-        copy_async_wait<SA_DECODE_STAGES - 1>();
-        __syncwarp();
-        settle(s.t, c);
-        attend_slice<T, depth>(p, s, c, shared_address(queries), ring + stage * shape<depth>::stage, state);
-        __syncwarp();
-        stage = stage + 1 == SA_DECODE_STAGES ? 0 : stage + 1;
-        filling = filling + 1 == SA_DECODE_STAGES ? 0 : filling + 1;
+        if (unit % (uint32_t)p.row_tiles == 0) {
+            append_token(p, s);
+        }
     }
-    copy_async_wait<0>();
     __syncthreads(); /* the rings become the place where states meet */
 
     const partial part = merge_warps<depth>(p, s.t, state, rings);

@@ -102,16 +102,14 @@ __device__ void finish_scratch(const sa_cuda_problem &p, tile<row_limit> &t, con
     if (threadIdx.x < 2 * t.real) {
         states[split * row_limit * 2 + threadIdx.x] = part.states[threadIdx.x];
     }
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        t.last = atomicInc(&p.counters[unit], p.splits - 1) == (unsigned)p.splits - 1; /* wraps to 0: ready for the next launch */
+        t.last = arrive(&p.counters[unit], p.splits);
     }
     __syncthreads();
     if (!t.last) {
         return;
     }
-    __threadfence();
     float *factors = (float *)memory;
     softmax_end *ends = (softmax_end *)(factors + p.splits * row_limit);
     for (int row = threadIdx.x / 32; row < t.real; row += blockDim.x / 32) { /* a warp each */

@@ -23,8 +23,13 @@ template <int depth> __device__ __forceinline__ void clear_state(warp_state<dept
     state = {{-infinity, -infinity}, {0.0f, 0.0f}, {}};
 }
 
+/* Scores of 16 rows and a slice, passed by value where a function is not inlined: an address that escapes would keep them in memory. */
+template <int slice> struct score_tile {
+    float at[slice / 8][4];
+};
+
 template <typename T, int depth, int slice>
-__device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys, float (&scores)[slice / 8][4])
+__device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys, score_tile<slice> &scores)
 {
     const int lane = threadIdx.x % 32, row = lane % 16, key = lane % 8 + lane / 16 * 8, side = lane / 8 % 2;
 #pragma unroll
@@ -34,19 +39,19 @@ __device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys, f
 #pragma unroll
         for (int pair = 0; pair < slice / 16; pair++) {
             load_matrices(b, keys + piece_at<depth>(pair * 16 + key, 2 * step + side));
-            T::multiply(scores[2 * pair], a, b[0], b[1]);
-            T::multiply(scores[2 * pair + 1], a, b[2], b[3]);
+            T::multiply(scores.at[2 * pair], a, b[0], b[1]);
+            T::multiply(scores.at[2 * pair + 1], a, b[2], b[3]);
         }
     }
 }
 
 template <typename T, int depth, int slice>
-__device__ __forceinline__ void multiply_values(uint32_t values, const float (&weights)[slice / 8][4], float (&acc)[depth / 8][4])
+__device__ __forceinline__ void multiply_values(uint32_t values, const score_tile<slice> &weights, float (&acc)[depth / 8][4])
 {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int step = 0; step < slice / 16; step++) {
-        const float(&low)[4] = weights[2 * step], (&high)[4] = weights[2 * step + 1];
+        const float(&low)[4] = weights.at[2 * step], (&high)[4] = weights.at[2 * step + 1];
         const uint32_t a[4] = {T::pack(low[0], low[1]), T::pack(low[2], low[3]), T::pack(high[0], high[1]), T::pack(high[2], high[3])};
 #pragma unroll
         for (int pair = 0; pair < depth / 16; pair++) {
@@ -60,8 +65,8 @@ __device__ __forceinline__ void multiply_values(uint32_t values, const float (&w
 
 /* Hides what a row does not see. `warp_row`: row of the tile that the warp's first row is; first: key of the run that column 0 is. */
 template <int slice, int row_limit>
-__device__ __noinline__ void mask_scores(const sa_cuda_problem &p, const tile<row_limit> &t, const run &r, int warp_row, int64_t first,
-                                         float (&scores)[slice / 8][4])
+__device__ __forceinline__ void mask_scores(const sa_cuda_problem &p, const tile<row_limit> &t, const run &r, int warp_row, int64_t first,
+                                            score_tile<slice> &scores)
 {
     const int lane = threadIdx.x % 32;
     int low[2], high[2];
@@ -72,15 +77,15 @@ __device__ __noinline__ void mask_scores(const sa_cuda_problem &p, const tile<ro
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int column = n * 8 + lane % 4 * 2 + e % 2;
-            scores[n][e] = column >= low[e / 2] && column < high[e / 2] ? scores[n][e] : -infinity;
+            scores.at[n][e] = column >= low[e / 2] && column < high[e / 2] ? scores.at[n][e] : -infinity;
         }
     }
 }
 
 /* Softcap, bias and ALiBi. */
 template <int slice, int row_limit>
-__device__ __noinline__ void feature_scores(const sa_cuda_problem &p, const tile<row_limit> &t, const run &r, int warp_row, int64_t first,
-                                            float (&scores)[slice / 8][4])
+__device__ __noinline__ score_tile<slice> feature_scores(const sa_cuda_problem &p, const tile<row_limit> &t, const run &r, int warp_row,
+                                                         int64_t first, score_tile<slice> scores)
 {
     const int lane = threadIdx.x % 32;
     for (int half = 0; half < 2; half++) {
@@ -93,20 +98,21 @@ __device__ __noinline__ void feature_scores(const sa_cuda_problem &p, const tile
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const int64_t column = least(first + n * 8 + lane % 4 * 2 + e, r.count - 1);
-                float &s = half ? scores[n][e + 2] : scores[n][e];
+                float &s = half ? scores.at[n][e + 2] : scores.at[n][e];
                 s = featured_score(p, r, t.head[row], t.position[row], t.slope[row], column, s);
             }
         }
     }
+    return scores;
 }
 
 /* From dot products to scores in log2 units. */
 template <int slice, int row_limit>
 __device__ __forceinline__ void scale_scores(const sa_cuda_problem &p, const tile<row_limit> &t, const run &r, int warp_row, int64_t first,
-                                             float (&scores)[slice / 8][4])
+                                             score_tile<slice> &scores)
 {
     if (is_featured(p, r)) {
-        feature_scores<slice>(p, t, r, warp_row, first, scores);
+        scores = feature_scores<slice>(p, t, r, warp_row, first, scores);
         return;
     }
     const float scale = p.scale * log2e;
@@ -114,21 +120,22 @@ __device__ __forceinline__ void scale_scores(const sa_cuda_problem &p, const til
     for (int n = 0; n < slice / 8; n++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            scores[n][e] *= scale;
+            scores.at[n][e] *= scale;
         }
     }
 }
 
 /* Joins a slice's scores to the running state and turns them into weights. */
-template <int depth, int tiles> __device__ __forceinline__ void join_scores(float (&scores)[tiles][4], warp_state<depth> &state)
+template <int depth, int slice> __device__ __forceinline__ void join_scores(score_tile<slice> &scores, warp_state<depth> &state)
 {
+    constexpr int tiles = slice / 8;
     float larger[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float maximum = state.maximum[half];
 #pragma unroll
         for (int n = 0; n < tiles; n++) {
-            maximum = fmaxf(maximum, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+            maximum = fmaxf(maximum, fmaxf(scores.at[n][2 * half], scores.at[n][2 * half + 1]));
         }
         maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
         larger[half] = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
@@ -151,9 +158,9 @@ template <int depth, int tiles> __device__ __forceinline__ void join_scores(floa
         const float anchor = anchor_of(state.maximum[half]);
 #pragma unroll
         for (int n = 0; n < tiles; n++) {
-            scores[n][2 * half] = exp2_fast(scores[n][2 * half] - anchor);
-            scores[n][2 * half + 1] = exp2_fast(scores[n][2 * half + 1] - anchor);
-            state.sum[half] += scores[n][2 * half] + scores[n][2 * half + 1];
+            scores.at[n][2 * half] = exp2_fast(scores.at[n][2 * half] - anchor);
+            scores.at[n][2 * half + 1] = exp2_fast(scores.at[n][2 * half + 1] - anchor);
+            state.sum[half] += scores.at[n][2 * half] + scores.at[n][2 * half + 1];
         }
     }
 }

@@ -140,10 +140,9 @@ template <typename T, int depth> __device__ __forceinline__ void prefill(const s
     tile<prefill_rows> &t = *(tile<prefill_rows> *)memory;
     char *queries = memory + SA_ROWS_SHARED, *stages = queries + prefill_rows * depth * 2;
     const int warp_row = threadIdx.x / 32 * 16;
-    int64_t unit = blockIdx.x;
+    uint32_t unit = blockIdx.x;
     if (p.sequences == 0) { /* the last tile of a causal row sees most: it goes first */
-        const int64_t index = unit % p.row_tiles;
-        unit += p.row_tiles - 1 - 2 * index;
+        unit += (uint32_t)p.row_tiles - 1 - 2 * (unit % (uint32_t)p.row_tiles);
     }
     if (p.depth < depth || p.depth_v < depth) { /* what no load fills must be zero */
         for (int i = threadIdx.x; i < 2 * stage_bytes / 16; i += blockDim.x) {
@@ -186,7 +185,7 @@ template <typename T, int depth> __device__ __forceinline__ void prefill(const s
         if (r.kind == run_pinned && p.sink_bias.given) {
             clear_removed<depth>(p, t, r, at, values);
         }
-        float scores[keys / 8][4] = {};
+        score_tile<keys> scores = {};
         multiply_keys<T, depth, keys>(shared_address(queries) + warp_row * depth * 2, shared_address(stage), scores);
         scale_scores<keys>(p, t, r, warp_row, at.first, scores);
         if (at.first < t.all[at.run].low || at.first + keys > t.all[at.run].high) {

@@ -146,7 +146,7 @@ struct run {
     int64_t position;   /* of the first key; pinned runs: also the column of sink_bias */
     int64_t mass_skip, mass_index;
     int32_t kind;
-    int32_t raw; /* keys still to be rotated: they come with the chunk */
+    int32_t raw; /* the token of a step: the decode kernel takes it from the chunk itself, it has no slices */
 };
 
 constexpr int max_runs = 6;
@@ -269,7 +269,7 @@ __device__ inline run placed(const sa_cuda_problem &p, const place &at, run r)
 __device__ inline run chunk_run(const sa_cuda_problem &p, const place &at, int64_t head, int64_t first, int64_t count, int kind)
 {
     run r = tokens_run(p, at, head, first, count, at.length + first, kind);
-    r.raw = rotates_inside(p) && !p.cache.applied;
+    r.raw = p.append;
     return placed(p, at, r);
 }
 
@@ -343,6 +343,14 @@ template <int row_limit> struct tile {
     int64_t row;               /* batch row or sequence */
 };
 
+/* Slices begin .. end - 1 of `count` belong to a split. */
+__device__ __forceinline__ void share_slices(uint32_t count, uint32_t split, uint32_t splits, int &begin, int &end)
+{
+    const uint32_t each = count / splits, longer = count % splits;
+    begin = (int)(split * each + (split < longer ? split : longer));
+    end = begin + (int)(each + (split < longer));
+}
+
 /* Finds the sequence that tile `index` of the packed ones belongs to: each has ceil(rows / tile) of them. All lanes of a warp. */
 __device__ inline bool find_sequence(const sa_cuda_problem &p, int64_t group, int64_t tile_rows, int64_t &index, int64_t &sequence)
 {
@@ -380,11 +388,12 @@ __device__ __forceinline__ int64_t reduce_least(int64_t value)
 template <int row_limit> __device__ inline void fill_rows(const sa_cuda_problem &p, tile<row_limit> &t, int slice)
 {
     const int lane = threadIdx.x % 32;
-    const int64_t group = p.heads_q / p.heads_kv;
+    const uint32_t group = (uint32_t)p.heads_q / (uint32_t)p.heads_kv;
+    const uint32_t first_token = (uint32_t)(t.first_row / group), first_head = (uint32_t)(t.first_row - (int64_t)first_token * group);
     int64_t position_low = INT64_MAX / 2, position_high = INT64_MAX / 2, window_low = no_window, window_high = 0; /* highs negated */
     for (int i = lane; i < t.rows; i += 32) {
-        const int64_t row = t.first_row + i;
-        const int token = (int)(row / group), head = t.kv_head * (int)group + (int)(row % group);
+        const uint32_t row = first_head + i;
+        const int token = (int)(first_token + row / group), head = (int)(t.kv_head * group + row % group);
         t.token[i] = token;
         t.head[i] = head;
         t.position[i] = t.at.position + token;
@@ -407,7 +416,7 @@ template <int row_limit> __device__ inline void fill_rows(const sa_cuda_problem 
         const range seen = t.real > 0 ? visible(r, p.causal, window_high, window_high, position_low, position_high) : range{0, 0};
         t.seen[lane] = seen;
         t.all[lane] = visible(r, p.causal, window_low, window_low, position_high, position_low);
-        slices = (int)((most(seen.high - seen.low, 0) + slice - 1) / slice);
+        slices = r.raw ? 0 : (int)((uint64_t)(most(seen.high - seen.low, 0) + slice - 1) / (unsigned)slice);
     }
     for (int step = 1; step < 8; step *= 2) {
         const int before = __shfl_up_sync(~0u, slices, step);
@@ -423,21 +432,14 @@ template <int row_limit> __device__ inline void fill_rows(const sa_cuda_problem 
 
 /* Fills the tile of a unit: (row, kv head, tile) or, packed, (tile, kv head). False where there is no such tile. All threads of the CTA;
  * ends with a barrier. `slice`: keys that the kernel takes at a time. */
-template <int row_limit> __device__ inline bool begin_tile(const sa_cuda_problem &p, int64_t unit, int slice, tile<row_limit> &t)
+template <int row_limit> __device__ inline bool begin_tile(const sa_cuda_problem &p, uint32_t unit, int slice, tile<row_limit> &t)
 {
     if (threadIdx.x < 32) {
-        const int64_t group = p.heads_q / p.heads_kv;
-        int64_t index, head, row;
-        bool exists = true;
-        if (p.sequences > 0) {
-            head = unit % p.heads_kv;
-            index = unit / p.heads_kv;
-            exists = find_sequence(p, group, row_limit, index, row);
-        } else {
-            index = unit % p.row_tiles;
-            head = unit / p.row_tiles % p.heads_kv;
-            row = unit / p.row_tiles / p.heads_kv;
-        }
+        const uint32_t heads = (uint32_t)p.heads_kv, tiles = (uint32_t)p.row_tiles; /* a grid is smaller than 2^31 */
+        const int64_t group = (uint32_t)p.heads_q / heads;
+        int64_t index = p.sequences > 0 ? unit / heads : unit % tiles, row = unit / tiles / heads;
+        const uint32_t head = p.sequences > 0 ? unit % heads : unit / tiles % heads;
+        const bool exists = p.sequences == 0 || find_sequence(p, group, row_limit, index, row);
         if (threadIdx.x == 0) {
             t.exists = exists;
         }
@@ -503,8 +505,7 @@ __device__ __forceinline__ bool is_featured(const sa_cuda_problem &p, const run 
 /* The last CTA of a row to have read its state advances it. One thread, after a barrier behind the reading. */
 __device__ __forceinline__ void advance(const sa_cuda_problem &p, const place &at, int64_t counter, int64_t readers)
 {
-    __threadfence();
-    if (atomicInc(&p.counters[counter], (unsigned)readers - 1) == (unsigned)readers - 1) {
+    if (arrive(&p.counters[counter], (uint32_t)readers)) {
         p.cache.lengths[at.batch] = at.length + at.query_count;
         p.cache.lows[at.batch] = most(at.low, at.length + at.query_count - p.cache.capacity);
     }

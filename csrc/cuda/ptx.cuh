@@ -129,6 +129,14 @@ template <int pending> __device__ __forceinline__ void copy_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+/* Counts an arrival, with all that the CTA wrote before its last barrier, at a counter that returns to 0. True for the last of `count`. */
+__device__ __forceinline__ bool arrive(uint32_t *counter, uint32_t count)
+{
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(count - 1) : "memory");
+    return before == count - 1;
+}
+
 /* --- clusters (sm_90 and later) -------------------------------------------------------------------------------------------------- */
 
 #if __CUDA_ARCH__ >= 900
