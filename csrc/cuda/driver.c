@@ -204,20 +204,22 @@ static sa_status prepare_locked(const char *function, int ordinal)
     return status;
 }
 
-static sa_status make_current(const char *function, const device_state *device, bool *pushed)
+static sa_status make_current(const char *function, const device_state *device, sa_device_scope *scope)
 {
     CUcontext current = NULL;
     CUdevice owner;
-    *pushed = false;
+    scope->pushed = false;
+    scope->primary = true;
     SA_TRY_DRIVER(function, cuCtxGetCurrent(&current));
     if (current == device->primary) {
         return SA_OK;
     }
     if (current != NULL && sa_driver_entries.cuCtxGetDevice(&owner) == CUDA_SUCCESS && owner == device->handle) {
+        scope->primary = false;
         return SA_OK; /* a context that the user made: his streams live there */
     }
     SA_TRY_DRIVER(function, cuCtxPushCurrent(device->primary));
-    *pushed = true;
+    scope->pushed = true;
     return SA_OK;
 }
 
@@ -251,7 +253,7 @@ sa_status sa_device_enter(const char *function, int ordinal, sa_device_scope *sc
     scope->device = &device->facts;
     scope->handle = device->handle;
     scope->ordinal = ordinal;
-    return make_current(function, device, &scope->pushed);
+    return make_current(function, device, scope);
 }
 
 void sa_device_leave(const sa_device_scope *scope)

@@ -19,6 +19,7 @@ typedef struct sa_device_scope {
     const sa_cuda_device *device;
     CUdevice handle;
     int ordinal;
+    bool primary; /* the current context is the device's primary one */
     bool pushed;
 } sa_device_scope;
 

@@ -19,7 +19,8 @@ typedef struct library {
 } library;
 
 typedef struct kernel {
-    CUkernel handle; /* the same for every device */
+    CUkernel handle;                       /* the same for every device and context; a launch looks up the rest */
+    CUfunction functions[SA_MAX_DEVICES];  /* in the primary context, which saves the look-up */
     atomic_bool ready[SA_MAX_DEVICES];
     atomic_llong calls;
 } kernel;
@@ -93,6 +94,9 @@ static sa_status finalise(const char *function, const sa_device_scope *scope, in
     if (sa_driver_entries.cuFuncLoad != NULL) {
         SA_TRY_DRIVER(function, cuFuncLoad(loaded));
     }
+    if (scope->primary) {
+        state.kernels[index].functions[scope->ordinal] = loaded;
+    }
     return SA_OK;
 }
 
@@ -138,7 +142,9 @@ sa_status sa_device_launch(const char *function, const sa_device_scope *scope, c
         .numAttrs = launch->cluster > 1 ? 1 : 0,
     };
     void *parameters[] = {pod};
-    const CUresult result = sa_driver_entries.cuLaunchKernelEx(&config, (CUfunction)(void *)one->handle, parameters, NULL);
+    const CUfunction known = scope->primary ? one->functions[scope->ordinal] : NULL;
+    const CUfunction function_handle = known != NULL ? known : (CUfunction)(void *)one->handle;
+    const CUresult result = sa_driver_entries.cuLaunchKernelEx(&config, function_handle, parameters, NULL);
     if (result != CUDA_SUCCESS) {
         return sa_driver_failure(function, describe(launch->kernel)->name, result);
     }

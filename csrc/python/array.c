@@ -150,9 +150,9 @@ static int raw_of_dltensor(sa_call *call, const char *name, const DLTensor *tens
 }
 
 /* The exchange table of a type, NULL (without exception) if it has none that we understand. */
-static const DLPackExchangeAPI *exchange_api(sa_call *call, PyObject *object)
+static const DLPackExchangeAPI *find_table(sa_call *call, PyTypeObject *type)
 {
-    PyObject *capsule = PyObject_GetAttr((PyObject *)Py_TYPE(object), call->module->exchange_name);
+    PyObject *capsule = PyObject_GetAttr((PyObject *)type, call->module->exchange_name);
     if (capsule == NULL) {
         PyErr_Clear();
         return NULL;
@@ -164,6 +164,25 @@ static const DLPackExchangeAPI *exchange_api(sa_call *call, PyObject *object)
         header = header->prev_api;
     }
     return (const DLPackExchangeAPI *)(const void *)header;
+}
+
+/* The last type is remembered if it had one; a type may get one later. */
+static const DLPackExchangeAPI *exchange_api(sa_call *call, PyObject *object)
+{
+#ifndef Py_GIL_DISABLED
+    sa_module *module = call->module;
+    if (Py_TYPE(object) == module->table_type) {
+        return module->table;
+    }
+    const DLPackExchangeAPI *table = find_table(call, Py_TYPE(object));
+    if (table != NULL) {
+        Py_XSETREF(module->table_type, (PyTypeObject *)Py_NewRef(Py_TYPE(object)));
+        module->table = table;
+    }
+    return table;
+#else
+    return find_table(call, Py_TYPE(object));
+#endif
 }
 
 static int grad_mode(void)

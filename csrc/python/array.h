@@ -16,6 +16,10 @@ typedef struct sa_module {
     PyTypeObject *cache_type, *cuda_cache_type, *buffer_type;
     PyObject *exchange_name, *dlpack_name, *device_name, *interface_name, *grad_name, *negated_name; /* interned */
     PyObject *libraries; /* sinkattn._libraries, once it was needed */
+#ifndef Py_GIL_DISABLED
+    PyTypeObject *table_type; /* the last type that had an exchange table, and the table */
+    const struct DLPackExchangeAPI *table;
+#endif
 } sa_module;
 
 typedef enum sa_kind { SA_KIND_NUMPY, SA_KIND_EXCHANGE, SA_KIND_DLPACK } sa_kind; /* the last: or __cuda_array_interface__ */

@@ -43,6 +43,9 @@ static int traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->cuda_cache_type);
     Py_VISIT(state->buffer_type);
     Py_VISIT(state->libraries);
+#ifndef Py_GIL_DISABLED
+    Py_VISIT(state->table_type);
+#endif
     return 0;
 }
 
@@ -53,6 +56,9 @@ static int clear(PyObject *module)
     Py_CLEAR(state->cuda_cache_type);
     Py_CLEAR(state->buffer_type);
     Py_CLEAR(state->libraries);
+#ifndef Py_GIL_DISABLED
+    Py_CLEAR(state->table_type);
+#endif
     Py_CLEAR(state->exchange_name);
     Py_CLEAR(state->dlpack_name);
     Py_CLEAR(state->device_name);
