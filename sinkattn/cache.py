@@ -62,8 +62,9 @@ class SinkCache:
     dtype : "float32", "float16" or "bfloat16" (or the dtype object), of all that is passed in.
     device : "cpu", "cuda" or "cuda:1". On CUDA the lengths live on the device, so that a captured
         call replays; reading `length` or `kept()`, `crop` and `state_dict` wait for the stream.
-    storage : CUDA array that the cache shall live in, `nbytes` and up to 2 KiB more. Default: from
-        torch's allocator if torch is imported, else from the driver.
+    storage : CUDA array that the cache shall live in: `nbytes`, 8 for each frequency of the rope,
+        68 for each row and kv head, and 2 KiB. Default: from torch's allocator if torch is
+        imported, else from the driver.
     rope : Rope or None. applied=False: q and k arrive raw and the cache turns them, with angles
         in float64; applied=True: they arrive turned to their absolute position.
     positions : "slot" counts distances to the pinned tokens in slots of the cache, as StreamingLLM
