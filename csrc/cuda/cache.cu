@@ -81,7 +81,7 @@ __device__ void write_slot(const sa_cuda_problem &p, const place &at, int64_t he
 {
     const int size = element_size(p);
     const int64_t position = at.length + token;
-    const int64_t slot = position < p.pinned ? position : p.pinned + (position - p.pinned) % p.cache.capacity;
+    const int64_t slot = position < p.pinned ? position : ring_slot(p, position);
     const int64_t row = (at.batch * p.heads_kv + head) * (p.pinned + p.cache.capacity) + slot;
     const char *key = element(key_tensor(p), at.batch, head, token, size), *value = element(p.value, at.batch, head, token, size);
     for (int d = threadIdx.x % 32; d < p.depth; d += 32) {
@@ -108,7 +108,8 @@ __device__ __forceinline__ void commit(const sa_cuda_problem &p)
     if (threadIdx.x == 0) {
         /* counters of the attention kernel, if it has any, come first */
         const int64_t units = p.splits > 1 && !p.clustered ? p.batch * p.heads_kv * p.row_tiles : 0;
-        advance(p, at, units + batch, p.heads_kv * parts);
+        const uint32_t readers = (uint32_t)(p.heads_kv * parts);
+        advance(p, at, report_read(p, units + batch, readers), readers);
     }
 }
 

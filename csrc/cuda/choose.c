@@ -123,9 +123,7 @@ static bool plan_decode(sa_cuda_problem *p, const sa_cuda_device *device, const 
         warps = warps_fit;
         p->splits = splits_of(units, o->keys, o->key_bytes, device->multiprocessors, 8 * slice);
     }
-    if (p->splits > 4 && p->splits <= device->cluster_limit) {
-        p->clustered = 1;
-    }
+    p->clustered = p->splits > 1 && p->splits <= min_i64(device->cluster_limit, SA_DECODE_CLUSTER);
     p->row_tiles = tiles_of(p, o, SA_DECODE_ROWS);
     reserve_partials(p, plan, units, SA_DECODE_ROWS);
     p->append = is_step(p);
@@ -204,6 +202,7 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     problem->partial_offset = problem->state_offset = problem->row_tiles = 0;
     problem->lse_offset = problem->rotated_offset = -1;
     problem->aligned = reads_pieces(problem);
+    problem->lean = problem->query_length == 1 && problem->sequences == 0 && problem->window.data == NULL && problem->dtype != SA_CUDA_F32;
     if (problem->batch == 0 || problem->query_length == 0) {
         return 0;
     }

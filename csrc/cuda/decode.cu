@@ -27,33 +27,58 @@ static_assert(sizeof(decode_shared) <= SA_DECODE_ROWS_SHARED, "room for what is 
 
 /* --- queries, and the token of a step ---------------------------------------------------------------------------------------------- */
 
-/* The rows of queries, zero beyond depth and beyond the real rows. */
+/* The piece of a row of queries, zero beyond depth. */
+template <int depth> __device__ __forceinline__ uint4 load_piece(const sa_cuda_problem &p, const char *row, int piece)
+{
+    const uint16_t *from = (const uint16_t *)row + piece * 8;
+    if (piece * 8 + 8 <= p.depth && ((uintptr_t)from & 15) == 0) {
+        return *(const uint4 *)from;
+    }
+    uint32_t part[4] = {};
+#pragma unroll 1
+    for (int e = 0; e < 8 && piece * 8 + e < p.depth; e++) {
+        const uint32_t bits = (uint32_t)from[e] << e % 2 * 16;
+        part[0] |= e / 2 == 0 ? bits : 0;
+        part[1] |= e / 2 == 1 ? bits : 0;
+        part[2] |= e / 2 == 2 ? bits : 0;
+        part[3] |= e / 2 == 3 ? bits : 0;
+    }
+    return make_uint4(part[0], part[1], part[2], part[3]);
+}
+
+/* Queries of a tile whose rows are known, by all threads. */
 template <int depth> __device__ void load_queries(const sa_cuda_problem &p, const decode_shared &s, const sa_cuda_tensor &source, char *target)
 {
     for (int i = threadIdx.x; i < SA_DECODE_ROWS * shape<depth>::pieces; i += blockDim.x) {
         const int row = i / shape<depth>::pieces, piece = i % shape<depth>::pieces;
-        uint16_t part[8] = {};
+        uint4 part = make_uint4(0, 0, 0, 0);
         if (row < s.t.real) {
-            const uint16_t *from = (const uint16_t *)element(source, s.t.at.batch, s.t.head[row], s.t.at.query_begin + s.t.token[row], 2) + piece * 8;
-            if (piece * 8 + 8 <= p.depth && ((uintptr_t)from & 15) == 0) {
-                *(uint4 *)part = *(const uint4 *)from;
-            } else {
-#pragma unroll
-                for (int e = 0; e < 8; e++) {
-                    part[e] = piece * 8 + e < p.depth ? from[e] : 0;
-                }
-            }
+            part = load_piece<depth>(p, element(source, s.t.at.batch, s.t.head[row], s.t.at.query_begin + s.t.token[row], 2), piece);
         }
-        *(uint4 *)(target + piece_at<depth>(row, piece)) = *(const uint4 *)part;
+        *(uint4 *)(target + piece_at<depth>(row, piece)) = part;
+    }
+}
+
+/* The same where a row has one query, before anything else is known: threads first, first + step, .. */
+template <int depth>
+__device__ __forceinline__ void load_lean_queries(const sa_cuda_problem &p, const sa_cuda_tensor &source, int64_t batch, int first_head, int rows,
+                                                  int first, int step, char *target)
+{
+    for (int i = first; i < SA_DECODE_ROWS * shape<depth>::pieces; i += step) {
+        const int row = i / shape<depth>::pieces, piece = i % shape<depth>::pieces;
+        uint4 part = make_uint4(0, 0, 0, 0);
+        if (row < rows) {
+            part = load_piece<depth>(p, element(source, batch, first_head + row, 0, 2), piece);
+        }
+        *(uint4 *)(target + piece_at<depth>(row, piece)) = part;
     }
 }
 
 /* The key and value that a step brings. */
-__device__ void load_token(const sa_cuda_problem &p, decode_shared &s)
+__device__ __forceinline__ void load_token(const sa_cuda_problem &p, int64_t batch, int head, int first, int step, decode_shared &s)
 {
-    const uint16_t *key = (const uint16_t *)element(p.key, s.t.at.batch, s.t.kv_head, 0, 2);
-    const uint16_t *value = (const uint16_t *)element(p.value, s.t.at.batch, s.t.kv_head, 0, 2);
-    for (int d = threadIdx.x; d < 256; d += blockDim.x) {
+    const uint16_t *key = (const uint16_t *)element(p.key, batch, head, 0, 2), *value = (const uint16_t *)element(p.value, batch, head, 0, 2);
+    for (int d = first; d < 256; d += step) {
         s.new_key[d] = d < p.depth ? key[d] : 0;
         s.new_value[d] = d < p.depth_v ? value[d] : 0;
     }
@@ -101,7 +126,7 @@ __device__ void append_token(const sa_cuda_problem &p, const decode_shared &s)
     if (at.query_count == 0) {
         return;
     }
-    const int64_t slot = at.length < p.pinned ? at.length : p.pinned + (at.length - p.pinned) % p.cache.capacity;
+    const int64_t slot = at.length < p.pinned ? at.length : ring_slot(p, at.length);
     const int64_t row = (at.batch * p.heads_kv + s.t.kv_head) * (p.pinned + p.cache.capacity) + slot;
     for (int64_t d = threadIdx.x; d < p.depth; d += blockDim.x) {
         ((uint16_t *)p.cache.keys)[row * p.depth + d] = s.new_key[d];
@@ -339,52 +364,62 @@ __device__ __noinline__ warp_state<depth> attend_token(const sa_cuda_problem &p,
 
 /* --- the end ---------------------------------------------------------------------------------------------------------------------- */
 
-/* Each warp leaves its state; then all warps' states become one. Ends with a barrier. */
-template <int depth> __device__ partial merge_warps(const sa_cuda_problem &p, const tile<SA_DECODE_ROWS> &t, warp_state<depth> &state, char *memory)
+/* The warps of a CTA become one: all learn the common maximum, leave their values on its scale, and the values are added up in the order of the
+ * warps. `memory`: the rings. Ends with a barrier. */
+template <int depth> __device__ __forceinline__ partial merge_warps(const tile<SA_DECODE_ROWS> &t, warp_state<depth> &state, char *memory)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    float *values = (float *)memory, *states = values + warps * SA_DECODE_ROWS * depth;
+    float *values = (float *)memory, *states = values + warps * SA_DECODE_ROWS * depth; /* states: [rows, 2, warps] */
+    float *merged = states + 2 * SA_DECODE_WARPS * SA_DECODE_ROWS, *merged_states = merged + SA_DECODE_ROWS * depth;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = warp * SA_DECODE_ROWS + lane / 4 + 8 * half;
+        float *own = states + (lane / 4 + 8 * half) * 2 * SA_DECODE_WARPS + warp;
         float sum = state.sum[half];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         if (lane % 4 == 0) {
-            states[2 * row] = state.maximum[half];
-            states[2 * row + 1] = sum;
-        }
-        if (lane / 4 + 8 * half < t.real) {
-#pragma unroll
-            for (int n = 0; n < depth / 8; n++) {
-                *(float2 *)(values + row * depth + n * 8 + lane % 4 * 2) = make_float2(state.values[n][2 * half], state.values[n][2 * half + 1]);
-            }
+            own[0] = state.maximum[half];
+            own[SA_DECODE_WARPS] = sum;
         }
     }
     __syncthreads();
-    float *merged = states + 2 * warps * SA_DECODE_ROWS, *merged_states = merged + SA_DECODE_ROWS * depth;
-    for (int i = threadIdx.x; i < t.real * (depth / 4); i += blockDim.x) {
-        const int row = i / (depth / 4), d = i % (depth / 4) * 4;
-        float maximum = -infinity, sum = 0.0f;
-        for (int w = 0; w < warps; w++) {
-            maximum = fmaxf(maximum, states[2 * (w * SA_DECODE_ROWS + row)]);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = lane / 4 + 8 * half;
+        if (row >= t.real) {
+            continue;
         }
-        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (int w = 0; w < warps; w++) {
-            const int at = w * SA_DECODE_ROWS + row;
-            const float factor = factor_to(states[2 * at], maximum);
-            const float4 own = *(const float4 *)(values + at * depth + d);
-            sum += factor * states[2 * at + 1];
-            total.x += factor * own.x;
-            total.y += factor * own.y;
-            total.z += factor * own.z;
-            total.w += factor * own.w;
+        const float *all = states + row * 2 * SA_DECODE_WARPS;
+        float maximum = -infinity;
+#pragma unroll
+        for (int w = 0; w < SA_DECODE_WARPS; w++) {
+            maximum = fmaxf(maximum, w < warps ? all[w] : -infinity);
         }
-        *(float4 *)(merged + row * depth + d) = total;
-        if (d == 0) {
+        const float factor = factor_to(state.maximum[half], maximum);
+#pragma unroll
+        for (int n = 0; n < depth / 8; n++) {
+            *(float2 *)(values + (warp * SA_DECODE_ROWS + row) * depth + n * 8 + lane % 4 * 2) =
+                make_float2(state.values[n][2 * half] * factor, state.values[n][2 * half + 1] * factor);
+        }
+        if (warp == 0 && lane % 4 == 0) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < SA_DECODE_WARPS; w++) {
+                sum += w < warps ? factor_to(all[w], maximum) * all[SA_DECODE_WARPS + w] : 0.0f;
+            }
             merged_states[2 * row] = maximum;
             merged_states[2 * row + 1] = sum;
         }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < t.real * (depth / 4); i += blockDim.x) {
+        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int w = 0; w < SA_DECODE_WARPS; w++) {
+            const float4 own = w < warps ? ((const float4 *)(values + w * SA_DECODE_ROWS * depth))[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            total = make_float4(total.x + own.x, total.y + own.y, total.z + own.z, total.w + own.w);
+        }
+        ((float4 *)merged)[i] = total;
     }
     __syncthreads();
     return {merged, merged_states, depth};
@@ -443,7 +478,31 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
             ((uint4 *)ring)[i] = make_uint4(0, 0, 0, 0);
         }
     }
-    if (!begin_tile(p, unit, shape<depth>::slice, s.t)) {
+    const bool turns = rotates_inside(p);
+    if (p.lean) {
+        /* One warp finds the keys while the others fetch the queries. */
+        const uint32_t tiles = (uint32_t)p.row_tiles, heads = (uint32_t)p.heads_kv, group = (uint32_t)p.heads_q / heads;
+        const uint32_t index = tiles == 1 ? 0 : unit % tiles, above = tiles == 1 ? unit : unit / tiles, row = above / heads, head = above % heads;
+        const int first_row = (int)index * SA_DECODE_ROWS, fetchers = warps > 1 ? 1 : 0;
+        if (warp == 0) {
+            fill_lean_tile(p, row, (int)head, first_row, shape<depth>::slice, s.t);
+        }
+        if (warp >= fetchers) {
+            const int first = threadIdx.x - 32 * fetchers, step = blockDim.x - 32 * fetchers, first_head = (int)(head * group) + first_row;
+            const int rows = (int)group - first_row < SA_DECODE_ROWS ? (int)group - first_row : SA_DECODE_ROWS;
+            load_lean_queries<depth>(p, query_tensor(p), row, first_head, rows, first, step, queries);
+            if (has_second_query(p)) {
+                load_lean_queries<depth>(p, second_query_tensor(p), row, first_head, rows, first, step, queries + SA_DECODE_ROWS * depth * 2);
+            }
+            if (p.append) {
+                load_token(p, row, (int)head, first, step, s);
+            }
+            if (first < rows) {
+                s.t.sink[first] = sink_of(p, first_head + first);
+            }
+        }
+        __syncthreads();
+    } else if (!begin_tile(p, unit, shape<depth>::slice, s.t)) {
         return;
     }
     int begin, end;
@@ -461,27 +520,25 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
         }
         copy_async_commit();
     }
-
-    const bool turns = rotates_inside(p);
-    load_queries<depth>(p, s, query_tensor(p), queries);
-    if (has_second_query(p)) {
-        load_queries<depth>(p, s, second_query_tensor(p), queries + SA_DECODE_ROWS * depth * 2);
+    const uint32_t readers = (uint32_t)(p.heads_kv * p.row_tiles * p.splits);
+    uint32_t before = 0;
+    if (p.append && threadIdx.x == blockDim.x - 1) {
+        const int64_t units = p.splits > 1 && !p.clustered ? p.batch * p.heads_kv * p.row_tiles : 0;
+        before = report_read(p, units + s.t.at.batch, readers);
     }
-    if (p.append) {
-        load_token(p, s);
+    if (!p.lean) {
+        load_queries<depth>(p, s, query_tensor(p), queries);
+        if (has_second_query(p)) {
+            load_queries<depth>(p, s, second_query_tensor(p), queries + SA_DECODE_ROWS * depth * 2);
+        }
+        if (threadIdx.x < s.t.real) {
+            s.t.sink[threadIdx.x] = sink_of(p, s.t.head[threadIdx.x]);
+        }
+        __syncthreads();
     }
     if (turns) {
         fill_turns(p, s);
-    }
-    if (threadIdx.x < s.t.real) {
-        s.t.sink[threadIdx.x] = sink_of(p, s.t.head[threadIdx.x]);
-    }
-    if (p.append && threadIdx.x == blockDim.x - 1) {
-        const int64_t units = p.batch * p.heads_kv * p.row_tiles;
-        advance(p, s.t.at, (p.splits > 1 && !p.clustered ? units : 0) + s.t.at.batch, p.heads_kv * p.row_tiles * p.splits);
-    }
-    __syncthreads();
-    if (turns) {
+        __syncthreads();
         turn_all<T, depth>(p, s, queries);
         __syncthreads();
     }
@@ -497,9 +554,12 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
             append_token(p, s);
         }
     }
+    if (p.append && threadIdx.x == blockDim.x - 1) {
+        advance(p, s.t.at, before, readers);
+    }
     __syncthreads(); /* the rings become the place where states meet */
 
-    const partial part = merge_warps<depth>(p, s.t, state, rings);
+    const partial part = merge_warps<depth>(s.t, state, rings);
     if (split == 0) {
         pad_rows<T>(p, s.t);
     }

@@ -58,35 +58,78 @@ template <typename T, int row_limit> __device__ void finish_alone(const sa_cuda_
     }
 }
 
-/* The splits are the CTAs of a cluster: each finishes a share of the outputs from everybody's shared memory. */
+/* The splits are the CTAs of a cluster: each finishes a share of the outputs from everybody's shared memory. All that a thread needs is
+ * asked for at once. */
 template <typename T, int row_limit>
-__device__ void finish_cluster(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part, int rank)
+__device__ __forceinline__ void finish_cluster(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part, int rank)
 {
     cluster_arrive();
-    cluster_wait();
     const int splits = p.splits, width = (int)p.depth_v, outputs = t.real * width, each = (outputs + splits - 1) / splits;
+    const int end = (rank + 1) * each < outputs ? (rank + 1) * each : outputs;
     const uint32_t values = shared_address(part.values), states = shared_address(part.states);
-    for (int i = rank * each + threadIdx.x; i < least((rank + 1) * each, outputs); i += blockDim.x) {
+    cluster_wait();
+#pragma unroll 1
+    for (int i = rank * each + threadIdx.x; i < end; i += blockDim.x) {
         const int row = i / width, d = i % width;
+        float maxima[SA_DECODE_CLUSTER], sums[SA_DECODE_CLUSTER], parts[SA_DECODE_CLUSTER];
+#pragma unroll
+        for (int split = 0; split < SA_DECODE_CLUSTER; split++) {
+            const int from = split < splits ? split : rank;
+            maxima[split] = cluster_load(cluster_address(states + 8 * row, from));
+            sums[split] = cluster_load(cluster_address(states + 8 * row + 4, from));
+            parts[split] = cluster_load(cluster_address(values + 4 * (row * part.stride + d), from));
+        }
         float maximum = -infinity, sum = 0.0f, total = 0.0f;
-#pragma unroll 8
-        for (int split = 0; split < splits; split++) {
-            maximum = fmaxf(maximum, cluster_load(cluster_address(states + 8 * row, split)));
+#pragma unroll
+        for (int split = 0; split < SA_DECODE_CLUSTER; split++) {
+            maximum = fmaxf(maximum, maxima[split]);
         }
-#pragma unroll 8
-        for (int split = 0; split < splits; split++) {
-            const float factor = factor_to(cluster_load(cluster_address(states + 8 * row, split)), maximum);
-            sum += factor * cluster_load(cluster_address(states + 8 * row + 4, split));
-            total += factor * cluster_load(cluster_address(values + 4 * (row * part.stride + d), split));
+#pragma unroll
+        for (int split = 0; split < SA_DECODE_CLUSTER; split++) {
+            const float factor = factor_to(maxima[split], maximum);
+            sum += split < splits ? factor * sums[split] : 0.0f;
+            total += split < splits ? factor * parts[split] : 0.0f;
         }
-        const softmax_end end = close(maximum, sum, t.sink[row]);
-        store_output<T>(p, t, row, d, total * end.factor);
+        const softmax_end end_of_row = close(maximum, sum, t.sink[row]);
+        store_output<T>(p, t, row, d, total * end_of_row.factor);
         if (d == 0) {
-            store_lse(p, t, row, end.lse);
+            store_lse(p, t, row, end_of_row.lse);
         }
     }
     cluster_arrive(); /* nobody leaves while others read */
     cluster_wait();
+}
+
+/* Adds up a tile of few outputs: each thread takes four of them and every n-th split, then the threads of an output add up theirs. */
+template <typename T, int row_limit>
+__device__ __forceinline__ void add_splits(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part, const float *values,
+                                           const float *factors, const softmax_end *ends)
+{
+    const int quarter = (int)p.depth_v / 4, items = t.real * quarter, groups = (int)blockDim.x / items;
+    const int item = (int)threadIdx.x % items, group = (int)threadIdx.x / items, row = item / quarter;
+    float4 *sums = (float4 *)part.values; /* its content is in scratch by now */
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (group < groups) {
+#pragma unroll 8
+        for (int k = group; k < p.splits; k += groups) {
+            const float4 own = __ldcg((const float4 *)(values + k * row_limit * (int)p.depth_v) + item);
+            const float factor = factors[k * row_limit + row];
+            total = make_float4(total.x + factor * own.x, total.y + factor * own.y, total.z + factor * own.z, total.w + factor * own.w);
+        }
+        sums[group * items + item] = total;
+    }
+    __syncthreads();
+    if (group == 0) {
+        for (int g = 1; g < groups; g++) {
+            const float4 own = sums[g * items + item];
+            total = make_float4(total.x + own.x, total.y + own.y, total.z + own.z, total.w + own.w);
+        }
+        const int d = (item - row * quarter) * 4;
+        store_output<T>(p, t, row, d, total.x * ends[row].factor);
+        store_output<T>(p, t, row, d + 1, total.y * ends[row].factor);
+        store_output<T>(p, t, row, d + 2, total.z * ends[row].factor);
+        store_output<T>(p, t, row, d + 3, total.w * ends[row].factor);
+    }
 }
 
 /* Partial results meet in scratch; the CTA that arrives last finishes the tile. `memory`: shared, [splits, row_limit] floats and 8 bytes a row. */
@@ -135,10 +178,15 @@ __device__ void finish_scratch(const sa_cuda_problem &p, tile<row_limit> &t, con
         }
     }
     __syncthreads();
+    if (width % 4 == 0 && t.real * width <= 4 * (int)blockDim.x) {
+        add_splits<T>(p, t, part, values, factors, ends);
+        return;
+    }
+#pragma unroll 1
     for (int i = threadIdx.x; i < t.real * width; i += blockDim.x) {
         const int row = i / width;
         float total = 0.0f;
-#pragma unroll 16
+#pragma unroll 8
         for (int k = 0; k < p.splits; k++) {
             total += factors[k * row_limit + row] * __ldcg(&values[k * row_limit * width + i]);
         }

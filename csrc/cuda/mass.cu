@@ -15,9 +15,27 @@ struct mass_shared {
     place at;
     run_list list;
     int64_t first, window; /* first key of the run; widest window of the group */
-    int run, kv_head;
     int64_t first_query, end_query;
+    int run, kv_head;
 };
+
+/* Where the mass of key 0 of a run goes, and how many keys at the front are not reported. */
+struct mass_place {
+    int64_t index, skip;
+};
+
+/* Mass of a cache goes to the place that a position has among the positions held after the call. */
+__device__ mass_place place_mass(const sa_cuda_problem &p, const place &at, const run &r)
+{
+    if (p.cache.keys == nullptr) {
+        return {at.key_begin + r.position, 0};
+    }
+    if (r.kind == run_pinned) {
+        return {r.position, 0};
+    }
+    const int64_t length = at.length + at.query_count, low = most(at.low, length - p.cache.capacity);
+    return {least(p.pinned, length) + r.position - low, clamp(low - r.position, 0, r.count)};
+}
 static_assert(sizeof(mass_shared) <= SA_ROWS_SHARED, "room for what is known of the rows");
 
 __device__ __forceinline__ float load_wide(const sa_cuda_problem &p, const char *row, int64_t d)
@@ -28,10 +46,10 @@ __device__ __forceinline__ float load_wide(const sa_cuda_problem &p, const char 
 }
 
 /* Goes to the run and the keys of part `index` of a row; false where it has fewer. */
-__device__ bool find_keys(const sa_cuda_problem &p, mass_shared &s, int64_t &index)
+__device__ bool find_keys(mass_shared &s, int64_t &index)
 {
     for (int i = 0; i < s.list.count; i++) {
-        const int64_t tiles = s.list.runs[i].mass_index < 0 ? 0 : (s.list.runs[i].count + mass_keys - 1) / mass_keys;
+        const int64_t tiles = s.list.runs[i].kind == run_learned ? 0 : (s.list.runs[i].count + mass_keys - 1) / mass_keys;
         if (index < tiles) {
             s.run = i;
             s.first = index * mass_keys;
@@ -63,27 +81,36 @@ __device__ void find_queries(const sa_cuda_problem &p, mass_shared &s)
     s.end_query = end;
 }
 
-/* Thread 0: place, runs, keys and queries of a CTA. */
+/* Place, runs, keys and queries of a CTA. All lanes of a warp. */
 __device__ bool begin_mass(const sa_cuda_problem &p, mass_shared &s)
 {
-    int64_t index = blockIdx.x, rows = p.sequences > 0 ? p.sequences : 1, row = 0;
-    s.kv_head = (int)(index % p.heads_kv);
-    index /= p.heads_kv;
+    const int lane = threadIdx.x % 32;
+    const int head = (int)(blockIdx.x % p.heads_kv);
+    int64_t index = blockIdx.x / p.heads_kv, rows = p.sequences, row = 0;
     if (p.sequences == 0) {
         const int64_t each = gridDim.x / (p.heads_kv * p.batch);
         row = index / each;
         index %= each;
         rows = row + 1;
     }
-    for (; row < rows; row++) {
-        s.at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
-        fill_runs(p, s.at, s.kv_head, s.list);
-        if (find_keys(p, s, index)) {
-            find_queries(p, s);
-            return true;
+    bool found = false;
+    for (; row < rows && !found; row++) {
+        const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
+        __syncwarp();
+        fill_runs(run_of(p, at, head, lane), s.list);
+        __syncwarp();
+        if (lane == 0) {
+            s.at = at;
+            s.kv_head = head;
+            found = find_keys(s, index);
+            if (found) {
+                find_queries(p, s);
+            }
         }
+        found = __shfl_sync(~0u, found, 0);
+        index = __shfl_sync(~0u, index, 0);
     }
-    return false;
+    return found;
 }
 
 __device__ void load_wide_rows(const sa_cuda_problem &p, const char *source, int64_t stride, int rows, float *target)
@@ -133,7 +160,7 @@ __device__ __forceinline__ void mass(const sa_cuda_problem &p)
     float *keys = (float *)(memory + SA_ROWS_SHARED), *queries = keys + mass_keys * stride;
     double *totals = (double *)(memory + SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS(stride)); /* [parts, keys] */
     const int own = threadIdx.x % mass_keys, part = threadIdx.x / mass_keys;
-    if (!__syncthreads_or(threadIdx.x == 0 && begin_mass(p, s))) {
+    if (!__syncthreads_or(threadIdx.x < 32 && begin_mass(p, s))) {
         return;
     }
     const run &r = s.list.runs[s.run];
@@ -169,8 +196,9 @@ __device__ __forceinline__ void mass(const sa_cuda_problem &p)
     }
     totals[part * mass_keys + own] = total;
     __syncthreads();
-    const int64_t slot = r.mass_index + key - r.mass_skip;
-    if (part == 0 && own < count && key >= r.mass_skip && slot < p.mass_length) {
+    const mass_place to = place_mass(p, s.at, r);
+    const int64_t slot = to.index + key;
+    if (part == 0 && own < count && key >= to.skip && slot < p.mass_length) {
         for (int i = 1; i < mass_parts; i++) {
             total = join_mass(p, total, totals[i * mass_keys + own]);
         }

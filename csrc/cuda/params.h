@@ -98,6 +98,8 @@ typedef struct sa_cuda_problem {
     int32_t clustered;       /* the splits of a tile are one cluster: partial results meet in distributed shared memory */
     int32_t append;          /* decode also appends the chunk to the cache and advances it */
     int32_t aligned;         /* every row of key, value, cache and learned rows is read in 16-byte pieces */
+    int32_t lean;            /* one query a row and one window for all: every head sees the same keys */
+    int32_t unused;
 } sa_cuda_problem;
 
 /* Tiles, known to choose.c and to the kernels. A row of a tile is one query of one head of a group. A slice is what a warp of the decode
@@ -105,7 +107,8 @@ typedef struct sa_cuda_problem {
 enum {
     SA_DECODE_ROWS = 16,
     SA_DECODE_STAGES = 3,
-    SA_DECODE_WARPS = 8, /* at most */
+    SA_DECODE_WARPS = 8,   /* at most */
+    SA_DECODE_CLUSTER = 8, /* at most */
     SA_F32_ROWS = 16,
     SA_F32_KEYS = 32,
     SA_F32_WARPS = 4,
@@ -143,6 +146,6 @@ SA_CUDA_ASSERT(offsetof(sa_cuda_problem, sink_logits) == 224, "layout of sa_cuda
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, cache) == 584, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, batch) == 688, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, scratch) == 816, "layout of sa_cuda_problem");
-SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 888, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 896, "layout of sa_cuda_problem");
 
 #endif

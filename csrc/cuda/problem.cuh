@@ -29,6 +29,7 @@ __device__ __forceinline__ int64_t clamp(int64_t value, int64_t low, int64_t hig
 
 /* --- auxiliary arrays of any type -------------------------------------------------------------------------------------------------- */
 
+/* Not inlined, like what else runs once a CTA: cold instructions cost more than calls. */
 __device__ __noinline__ double number_of(const void *data, int32_t type, int64_t at)
 {
     switch (type) {
@@ -47,24 +48,21 @@ __device__ __noinline__ double number_of(const void *data, int32_t type, int64_t
     }
 }
 
+__device__ __noinline__ int64_t integer_of(const void *data, int32_t type, int64_t at)
+{
+    return type == SA_NUMBER_I64 ? ((const int64_t *)data)[at] : (int64_t)number_of(data, type, at);
+}
+
 __device__ __forceinline__ float number_at(const sa_cuda_numbers &numbers, int64_t first, int64_t second)
 {
-    if (numbers.data == nullptr) {
-        return (float)numbers.value;
-    }
-    const int64_t at = first * numbers.stride[0] + second * numbers.stride[1];
-    return numbers.type == SA_NUMBER_F32 ? ((const float *)numbers.data)[at] : (float)number_of(numbers.data, numbers.type, at);
+    return numbers.data == nullptr
+               ? (float)numbers.value
+               : (float)number_of(numbers.data, numbers.type, first * numbers.stride[0] + second * numbers.stride[1]);
 }
 
 __device__ __forceinline__ int64_t integer_at(const sa_cuda_numbers &numbers, int64_t first)
 {
-    if (numbers.data == nullptr) {
-        return (int64_t)numbers.value;
-    }
-    const int64_t at = first * numbers.stride[0];
-    return numbers.type == SA_NUMBER_I64   ? ((const int64_t *)numbers.data)[at]
-           : numbers.type == SA_NUMBER_I32 ? ((const int32_t *)numbers.data)[at]
-                                           : (int64_t)number_of(numbers.data, numbers.type, at);
+    return numbers.data == nullptr ? (int64_t)numbers.value : integer_of(numbers.data, numbers.type, first * numbers.stride[0]);
 }
 
 __device__ __forceinline__ int64_t window_of(const sa_cuda_problem &p, int64_t head)
@@ -79,13 +77,21 @@ __device__ __forceinline__ int64_t window_of(const sa_cuda_problem &p, int64_t h
 /* logsumexp of a head's sink logits in log2 units, -inf for none. */
 __device__ __forceinline__ float sink_of(const sa_cuda_problem &p, int64_t head)
 {
+    if (!p.sink_logits.given) {
+        return -infinity;
+    }
+    if (p.logits == 1) {
+        return number_at(p.sink_logits, head, 0) * log2e;
+    }
     float maximum = -infinity, sum = 0.0f;
-    for (int64_t i = 0; i < (p.sink_logits.given ? p.logits : 0); i++) {
+#pragma unroll 1
+    for (int64_t i = 0; i < p.logits; i++) {
         maximum = fmaxf(maximum, number_at(p.sink_logits, head, i));
     }
     if (fabsf(maximum) == infinity) {
         return maximum;
     }
+#pragma unroll 1
     for (int64_t i = 0; i < p.logits; i++) {
         sum += expf(number_at(p.sink_logits, head, i) - maximum);
     }
@@ -140,13 +146,12 @@ enum run_kind {
 };
 
 struct run {
-    const char *key, *value; /* first key of the run, of the CTA's kv head */
+    const char *key, *value;          /* first key of the run, of the CTA's kv head */
     int64_t key_stride, value_stride; /* bytes */
     int64_t count;
-    int64_t position;   /* of the first key; pinned runs: also the column of sink_bias */
-    int64_t mass_skip, mass_index;
+    int64_t position; /* of the first key; pinned runs: also the column of sink_bias */
     int32_t kind;
-    int32_t raw; /* the token of a step: the decode kernel takes it from the chunk itself, it has no slices */
+    int32_t raw;      /* the token of a step: the decode kernel takes it from the chunk itself, it has no slices */
 };
 
 constexpr int max_runs = 6;
@@ -200,112 +205,85 @@ __device__ __forceinline__ bool rotates_inside(const sa_cuda_problem &p)
     return p.cache.keys != nullptr && p.cache.pairs > 0 && p.rotated_offset < 0;
 }
 
-__device__ inline void add_run(run_list &list, const run &added)
+/* Keys of one tensor, before addresses: where they lie and where they stand. */
+struct span {
+    int64_t first, count, position; /* first: token of the tensor */
+    int32_t kind;
+    int32_t source; /* 0 the call's keys, 1 the cache, 2 the learned rows */
+};
+
+/* Slot of a position that is not pinned. Streams shorter than 2^32 are spared a long division. */
+__device__ __forceinline__ int64_t ring_slot(const sa_cuda_problem &p, int64_t position)
 {
-    if (added.count > 0) {
-        list.runs[list.count++] = added;
-    }
+    const uint64_t past = (uint64_t)(position - p.pinned), capacity = (uint64_t)p.cache.capacity;
+    return p.pinned + (int64_t)((past | capacity) >> 32 == 0 ? (uint32_t)past % (uint32_t)capacity : past % capacity);
 }
 
-__device__ inline run tokens_run(const sa_cuda_problem &p, const place &at, int64_t head, int64_t first, int64_t count, int64_t position, int kind)
+/* Span `index` of a row with a cache: the same in the same order as csrc/cpu/cache.c. */
+__device__ __forceinline__ span cache_span(const sa_cuda_problem &p, const place &at, int index)
 {
-    const int size = element_size(p);
-    const sa_cuda_tensor key = key_tensor(p);
-    run r = {};
-    r.key = element(key, at.batch, head, at.key_begin + first, size);
-    r.value = element(p.value, at.batch, head, at.key_begin + first, size);
-    r.key_stride = key.token * size;
-    r.value_stride = p.value.token * size;
-    r.count = count;
-    r.position = position;
-    r.mass_index = at.key_begin + first;
-    r.kind = kind;
-    return r;
-}
-
-__device__ inline void add_learned(const sa_cuda_problem &p, int64_t head, run_list &list)
-{
-    const int size = element_size(p);
-    run r = {};
-    r.key = element(p.sink_key, 0, head, 0, size);
-    r.value = element(p.sink_value, 0, head, 0, size);
-    r.key_stride = p.sink_key.token * size;
-    r.value_stride = p.sink_value.token * size;
-    r.count = p.learned;
-    r.mass_index = -1;
-    r.kind = run_learned;
-    add_run(list, r);
-}
-
-/* Positions first .. first + count - 1 of a cache, in neighbouring slots. */
-__device__ inline run held_run(const sa_cuda_problem &p, const place &at, int64_t head, int64_t slot, int64_t position, int64_t count, int kind)
-{
-    const int size = element_size(p);
-    const int64_t slots = p.pinned + p.cache.capacity, row = (at.batch * p.heads_kv + head) * slots + slot;
-    run r = {};
-    r.key = (const char *)p.cache.keys + row * p.depth * size;
-    r.value = (const char *)p.cache.values + row * p.depth_v * size;
-    r.key_stride = p.depth * size;
-    r.value_stride = p.depth_v * size;
-    r.count = count;
-    r.position = position;
-    r.kind = kind;
-    return r;
-}
-
-/* Mass goes to the place that a position has among the positions held after the call. */
-__device__ inline run placed(const sa_cuda_problem &p, const place &at, run r)
-{
-    const int64_t length = at.length + at.query_count, low = most(at.low, length - p.cache.capacity);
-    if (r.kind == run_pinned) {
-        r.mass_index = r.position;
-        return r;
-    }
-    r.mass_skip = clamp(low - r.position, 0, r.count);
-    r.mass_index = r.mass_skip < r.count ? least(p.pinned, length) + r.position + r.mass_skip - low : -1;
-    return r;
-}
-
-__device__ inline run chunk_run(const sa_cuda_problem &p, const place &at, int64_t head, int64_t first, int64_t count, int kind)
-{
-    run r = tokens_run(p, at, head, first, count, at.length + first, kind);
-    r.raw = p.append;
-    return placed(p, at, r);
-}
-
-/* The same runs in the same order as csrc/cpu/cache.c. */
-__device__ inline void add_cache_runs(const sa_cuda_problem &p, const place &at, int64_t head, run_list &list)
-{
-    const int64_t count = at.query_count, capacity = p.cache.capacity;
-    const int64_t pinned_held = least(p.pinned, at.length), pinned_new = clamp(p.pinned - at.length, 0, count);
-    add_run(list, placed(p, at, held_run(p, at, head, 0, 0, pinned_held, run_pinned)));
-    add_run(list, chunk_run(p, at, head, 0, pinned_new, run_pinned));
+    const int64_t pinned_new = clamp(p.pinned - at.length, 0, at.query_count);
     const int64_t first = most(at.low, at.length - p.cache.window + 1), held = most(at.length - first, 0);
-    const int64_t slot = held > 0 ? p.pinned + (first - p.pinned) % capacity : 0;
-    const int64_t to_end = least(held, p.pinned + capacity - slot);
-    add_run(list, placed(p, at, held_run(p, at, head, slot, first, to_end, run_plain)));
-    add_run(list, placed(p, at, held_run(p, at, head, p.pinned, first + to_end, held - to_end, run_plain)));
-    add_run(list, chunk_run(p, at, head, pinned_new, count - pinned_new, run_plain));
+    const int64_t slot = ring_slot(p, most(first, p.pinned));
+    const int64_t to_end = least(held, p.pinned + p.cache.capacity - slot);
+    switch (index) {
+    case 1: return {0, least(p.pinned, at.length), 0, run_pinned, 1};
+    case 2: return {0, pinned_new, at.length, run_pinned, 0};
+    case 3: return {slot, to_end, first, run_plain, 1};
+    case 4: return {p.pinned, held - to_end, first + to_end, run_plain, 1};
+    default: return {pinned_new, at.query_count - pinned_new, at.length + pinned_new, run_plain, 0};
+    }
 }
 
-__device__ inline void add_plain_runs(const sa_cuda_problem &p, const place &at, int64_t head, run_list &list)
+__device__ __forceinline__ span plain_span(const sa_cuda_problem &p, const place &at, int index)
 {
     /* Without a window, and with nothing that treats them apart, pinned keys are keys like the others. */
     const bool apart = p.window.given || p.sink_query.data != nullptr || p.sink_bias.given;
     const int64_t pinned = apart ? least(p.pinned, at.key_count) : 0;
-    add_run(list, tokens_run(p, at, head, 0, pinned, 0, run_pinned));
-    add_run(list, tokens_run(p, at, head, pinned, at.key_count - pinned, pinned, run_plain));
+    return index == 1 ? span{at.key_begin, pinned, 0, run_pinned, 0}
+                      : span{at.key_begin + pinned, index == 2 ? at.key_count - pinned : 0, pinned, run_plain, 0};
 }
 
-__device__ inline void fill_runs(const sa_cuda_problem &p, const place &at, int64_t head, run_list &list)
+/* Run `index` of a kv head of a row; many have none. Every lane of a warp asks for its own. */
+__device__ __forceinline__ run run_of(const sa_cuda_problem &p, const place &at, int64_t head, int index)
 {
-    list.count = 0;
-    add_learned(p, head, list);
-    if (p.cache.keys != nullptr) {
-        add_cache_runs(p, at, head, list);
-    } else {
-        add_plain_runs(p, at, head, list);
+    const int size = element_size(p);
+    const bool cached = p.cache.keys != nullptr;
+    const span s = index == 0 ? span{0, p.learned, 0, run_learned, 2} : cached ? cache_span(p, at, index) : plain_span(p, at, index);
+    const int64_t slots = p.pinned + p.cache.capacity;
+    sa_cuda_tensor key = key_tensor(p), value = p.value;
+    if (s.source == 1) {
+        key = {p.cache.keys, p.heads_kv * slots * p.depth, slots * p.depth, p.depth};
+        value = {p.cache.values, p.heads_kv * slots * p.depth_v, slots * p.depth_v, p.depth_v};
+    } else if (s.source == 2) {
+        key = p.sink_key;
+        value = p.sink_value;
     }
+    run r;
+    r.key = element(key, s.source == 2 ? 0 : at.batch, head, s.first, size);
+    r.value = element(value, s.source == 2 ? 0 : at.batch, head, s.first, size);
+    r.key_stride = key.token * size;
+    r.value_stride = value.token * size;
+    r.count = index < max_runs ? s.count : 0;
+    r.position = s.position;
+    r.kind = s.kind;
+    r.raw = p.append && index > 0 && s.source == 0;
+    return r;
+}
+
+/* The runs that have keys, by the lanes of a warp; each lane keeps its own. Returns its place in the list, -1 for none. */
+__device__ __forceinline__ int fill_runs(const run &own, run_list &list)
+{
+    const int lane = threadIdx.x % 32;
+    const unsigned filled = __ballot_sync(~0u, own.count > 0);
+    const int place = own.count > 0 ? __popc(filled & ((1u << lane) - 1)) : -1;
+    if (place >= 0) {
+        list.runs[place] = own;
+    }
+    if (lane == 0) {
+        list.count = __popc(filled);
+    }
+    return place;
 }
 
 struct range {
@@ -340,7 +318,6 @@ template <int row_limit> struct tile {
     int kv_head, rows, real;   /* rows: in the tile, padded queries with them; real: the others */
     int exists;
     int last;                  /* this CTA finishes the tile */
-    int64_t row;               /* batch row or sequence */
 };
 
 /* Slices begin .. end - 1 of `count` belong to a split. */
@@ -385,76 +362,156 @@ __device__ __forceinline__ int64_t reduce_least(int64_t value)
     return value;
 }
 
-template <int row_limit> __device__ inline void fill_rows(const sa_cuda_problem &p, tile<row_limit> &t, int slice)
+/* Rows and runs of a tile whose place is known. All lanes of a warp. */
+template <int row_limit> __device__ __forceinline__ void fill_tile(const sa_cuda_problem &p, const place &at, int64_t first_row, int kv_head, int slice,
+                                                                   tile<row_limit> &t)
 {
     const int lane = threadIdx.x % 32;
     const uint32_t group = (uint32_t)p.heads_q / (uint32_t)p.heads_kv;
-    const uint32_t first_token = (uint32_t)(t.first_row / group), first_head = (uint32_t)(t.first_row - (int64_t)first_token * group);
-    int64_t position_low = INT64_MAX / 2, position_high = INT64_MAX / 2, window_low = no_window, window_high = 0; /* highs negated */
-    for (int i = lane; i < t.rows; i += 32) {
+    const uint32_t first_token = first_row >> 32 == 0 ? (uint32_t)first_row / group : (uint32_t)((uint64_t)first_row / group), first_head = (uint32_t)(first_row - (int64_t)first_token * group);
+    const int rows = (int)clamp(at.query_total * group - first_row, 0, row_limit), real = (int)clamp(at.query_count * group - first_row, 0, rows);
+    int64_t window_low = no_window, window_high = 0; /* high negated */
+    for (int i = lane; i < rows; i += 32) {
         const uint32_t row = first_head + i;
-        const int token = (int)(first_token + row / group), head = (int)(t.kv_head * group + row % group);
+        const int token = (int)(first_token + row / group), head = (int)(kv_head * group + row % group);
+        const int64_t window = window_of(p, head);
         t.token[i] = token;
         t.head[i] = head;
-        t.position[i] = t.at.position + token;
-        t.window[i] = window_of(p, head);
-        t.slope[i] = p.alibi_slopes.given ? number_at(p.alibi_slopes, t.at.batch, head) * log2e : 0.0f;
-        if (i < t.real) {
-            position_low = least(position_low, t.position[i]);
-            position_high = least(position_high, -t.position[i]);
-            window_low = least(window_low, t.window[i]);
-            window_high = least(window_high, -t.window[i]);
+        t.position[i] = at.position + token;
+        t.window[i] = window;
+        t.slope[i] = p.alibi_slopes.given ? number_at(p.alibi_slopes, at.batch, head) * log2e : 0.0f;
+        if (i < real) {
+            window_low = least(window_low, window);
+            window_high = least(window_high, -window);
         }
     }
-    position_low = reduce_least(position_low);
-    position_high = -reduce_least(position_high);
-    window_low = reduce_least(window_low);
-    window_high = -reduce_least(window_high);
+    if (p.window.data != nullptr) {
+        window_low = reduce_least(window_low);
+        window_high = reduce_least(window_high);
+    } else {
+        window_low = window_of(p, 0);
+        window_high = -window_low;
+    }
+    window_high = -window_high;
+    const int64_t low = at.position + first_token, high = at.position + first_token + (first_head + (real > 0 ? real : 1) - 1) / group;
+    const run own = run_of(p, at, kv_head, lane);
+    const int place = fill_runs(own, t.list);
     int slices = 0;
-    if (lane < t.list.count) {
-        const run &r = t.list.runs[lane];
-        const range seen = t.real > 0 ? visible(r, p.causal, window_high, window_high, position_low, position_high) : range{0, 0};
-        t.seen[lane] = seen;
-        t.all[lane] = visible(r, p.causal, window_low, window_low, position_high, position_low);
-        slices = r.raw ? 0 : (int)((uint64_t)(most(seen.high - seen.low, 0) + slice - 1) / (unsigned)slice);
+    if (place >= 0) {
+        const range seen = real > 0 ? visible(own, p.causal, window_high, window_high, low, high) : range{0, 0};
+        t.seen[place] = seen;
+        t.all[place] = visible(own, p.causal, window_low, window_low, high, low);
+        slices = own.raw ? 0 : (int)((uint64_t)(most(seen.high - seen.low, 0) + slice - 1) / (unsigned)slice);
     }
     for (int step = 1; step < 8; step *= 2) {
         const int before = __shfl_up_sync(~0u, slices, step);
         slices += lane >= step ? before : 0;
     }
-    if (lane < t.list.count) {
-        t.first_slice[lane + 1] = slices;
+    if (place >= 0) {
+        t.first_slice[place + 1] = slices;
     }
     if (lane == 0) {
         t.first_slice[0] = 0;
+        t.at = at;
+        t.first_row = first_row;
+        t.kv_head = kv_head;
+        t.rows = rows;
+        t.real = real;
+    }
+}
+
+/* Run `index` of a kv head where the row has one query: only the keys that it sees, so that nothing is left to compare. */
+__device__ __forceinline__ run lean_run(const sa_cuda_problem &p, const place &at, int64_t head, int64_t window, int index)
+{
+    int64_t first = 0, count = index == 0 ? p.learned : 0, position = 0;
+    int kind = index == 0 ? run_learned : index == 1 ? run_pinned : run_plain;
+    sa_cuda_tensor key = p.sink_key, value = p.sink_value;
+    bool raw = false;
+    if (p.cache.keys != nullptr) {
+        const int64_t slots = p.pinned + p.cache.capacity;
+        const int64_t oldest = most(at.low, at.length - window + 1), held = most(at.length - oldest, 0);
+        const int64_t slot = ring_slot(p, most(oldest, p.pinned)), to_end = least(held, slots - slot);
+        first = index == 2 ? slot : index == 3 ? p.pinned : first;
+        count = index == 1 ? least(p.pinned, at.length) : index == 2 ? to_end : index == 3 ? held - to_end : count;
+        position = index == 2 ? oldest : index == 3 ? oldest + to_end : position;
+        if (index >= 1 && index <= 3) {
+            key = {p.cache.keys, p.heads_kv * slots * p.depth, slots * p.depth, p.depth};
+            value = {p.cache.values, p.heads_kv * slots * p.depth_v, slots * p.depth_v, p.depth_v};
+        } else if (index == 4) {
+            key = key_tensor(p);
+            value = p.value;
+            count = at.query_count;
+            position = at.length;
+            kind = at.length < p.pinned ? run_pinned : run_plain;
+            raw = p.append;
+        }
+    } else if (index > 0) {
+        const bool apart = p.window.given || p.sink_query.data != nullptr || p.sink_bias.given;
+        const int64_t pinned = apart ? least(p.pinned, at.key_count) : 0, oldest = most(pinned, at.key_count - window);
+        key = p.key;
+        value = p.value;
+        position = index == 1 ? 0 : oldest;
+        first = at.key_begin + position;
+        count = index == 1 ? pinned : index == 2 ? at.key_count - oldest : 0;
+    }
+    const int64_t batch = index == 0 ? 0 : at.batch;
+    return {element(key, batch, head, first, 2), element(value, batch, head, first, 2), key.token * 2, value.token * 2, count, position, kind, raw};
+}
+
+/* fill_tile where the row has one query. All lanes of a warp. */
+template <int row_limit>
+__device__ __forceinline__ void fill_lean_tile(const sa_cuda_problem &p, int64_t row, int head, int first_row, int slice, tile<row_limit> &t)
+{
+    const int lane = threadIdx.x % 32, group = (int)((uint32_t)p.heads_q / (uint32_t)p.heads_kv);
+    const place at = batch_row(p, row);
+    const int64_t window = window_of(p, 0);
+    const int rows = group - first_row < row_limit ? group - first_row : row_limit, real = at.query_count > 0 ? rows : 0;
+    const run own = lean_run(p, at, head, window, lane);
+    const int place = fill_runs(own, t.list);
+    int slices = own.raw || real == 0 ? 0 : (int)((uint64_t)(own.count + slice - 1) / (unsigned)slice);
+    for (int step = 1; step < 8; step *= 2) {
+        const int before = __shfl_up_sync(~0u, slices, step);
+        slices += lane >= step ? before : 0;
+    }
+    if (place >= 0) {
+        t.seen[place] = t.all[place] = {0, own.count};
+        t.first_slice[place + 1] = slices;
+    }
+    if (lane < rows) {
+        t.token[lane] = 0;
+        t.head[lane] = head * group + first_row + lane;
+        t.position[lane] = at.position;
+        t.window[lane] = window;
+        if (p.alibi_slopes.given) {
+            t.slope[lane] = number_at(p.alibi_slopes, row, t.head[lane]) * log2e;
+        }
+    }
+    if (lane == 0) {
+        t.first_slice[0] = 0;
+        t.at = at;
+        t.first_row = first_row;
+        t.kv_head = head;
+        t.rows = rows;
+        t.real = real;
+        t.exists = true;
     }
 }
 
 /* Fills the tile of a unit: (row, kv head, tile) or, packed, (tile, kv head). False where there is no such tile. All threads of the CTA;
  * ends with a barrier. `slice`: keys that the kernel takes at a time. */
-template <int row_limit> __device__ inline bool begin_tile(const sa_cuda_problem &p, uint32_t unit, int slice, tile<row_limit> &t)
+template <int row_limit> __device__ __forceinline__ bool begin_tile(const sa_cuda_problem &p, uint32_t unit, int slice, tile<row_limit> &t)
 {
     if (threadIdx.x < 32) {
         const uint32_t heads = (uint32_t)p.heads_kv, tiles = (uint32_t)p.row_tiles; /* a grid is smaller than 2^31 */
-        const int64_t group = (uint32_t)p.heads_q / heads;
-        int64_t index = p.sequences > 0 ? unit / heads : unit % tiles, row = unit / tiles / heads;
         const uint32_t head = p.sequences > 0 ? unit % heads : unit / tiles % heads;
-        const bool exists = p.sequences == 0 || find_sequence(p, group, row_limit, index, row);
+        int64_t index = p.sequences > 0 ? unit / heads : unit % tiles, row = unit / tiles / heads;
+        const bool exists = p.sequences == 0 || find_sequence(p, (uint32_t)p.heads_q / heads, row_limit, index, row);
+        if (exists) {
+            const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
+            fill_tile(p, at, index * row_limit, (int)head, slice, t);
+        }
         if (threadIdx.x == 0) {
             t.exists = exists;
-        }
-        if (exists) {
-            if (threadIdx.x == 0) {
-                t.row = row;
-                t.kv_head = (int)head;
-                t.at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
-                t.first_row = index * row_limit;
-                t.rows = (int)clamp(t.at.query_total * group - t.first_row, 0, row_limit);
-                t.real = (int)clamp(t.at.query_count * group - t.first_row, 0, row_limit);
-                fill_runs(p, t.at, head, t.list);
-            }
-            __syncwarp();
-            fill_rows(p, t, slice);
         }
     }
     __syncthreads();
@@ -502,10 +559,18 @@ __device__ __forceinline__ bool is_featured(const sa_cuda_problem &p, const run 
     return p.softcap > 0.0f || (r.kind == run_pinned && p.sink_bias.given) || (r.kind != run_learned && p.alibi_slopes.given);
 }
 
-/* The last CTA of a row to have read its state advances it. One thread, after a barrier behind the reading. */
-__device__ __forceinline__ void advance(const sa_cuda_problem &p, const place &at, int64_t counter, int64_t readers)
+/* The last CTA of a row to have read its state advances it. An arrival needs no order of its own: what was read was used before the barrier
+ * that it follows. One thread; the two halves are apart so that nobody waits for the answer. */
+__device__ __forceinline__ uint32_t report_read(const sa_cuda_problem &p, int64_t counter, uint32_t readers)
 {
-    if (arrive(&p.counters[counter], (uint32_t)readers)) {
+    uint32_t before;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p.counters + counter), "r"(readers - 1) : "memory");
+    return before;
+}
+
+__device__ __forceinline__ void advance(const sa_cuda_problem &p, const place &at, uint32_t before, uint32_t readers)
+{
+    if (before == readers - 1) {
         p.cache.lengths[at.batch] = at.length + at.query_count;
         p.cache.lows[at.batch] = most(at.low, at.length + at.query_count - p.cache.capacity);
     }
