@@ -65,7 +65,8 @@ __device__ __forceinline__ void rotate(const sa_cuda_problem &p)
     const int64_t position = at.length + token;
     for (int i = threadIdx.x; i < 2 * p.cache.pairs; i += blockDim.x) {
         const int kind = i >= p.cache.pairs, pair = i - kind * (int)p.cache.pairs;
-        rotation(p.cache, kind ? pinned_turn(p, position) : position, pair, !p.cache.applied, table[kind][0][pair], table[kind][1][pair]);
+        rotation(p.cache.inv_freq[pair], kind ? pinned_turn(p, position) : position, p.cache.applied ? 1.0f : (float)p.cache.scaling,
+                 table[kind][0][pair], table[kind][1][pair]);
     }
     __syncthreads();
     if (!p.cache.applied) {

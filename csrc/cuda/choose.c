@@ -1,7 +1,7 @@
 #include "choose.h"
 
+#include <math.h>
 #include <stdbool.h>
-#include <string.h>
 
 #include "../core/integers.h"
 
@@ -58,21 +58,43 @@ static int64_t units_of(const sa_cuda_problem *p, const outline *o, int64_t tile
     return tiles_of(p, o, tile) * p->heads_kv * (p->sequences > 0 ? 1 : p->batch);
 }
 
-/* Splits that end soonest where `slots` CTAs run at a time: waves times the bytes of a split, with a toll for each split's beginning and end
- * (it stands for what a CTA could have read meanwhile) and for the combine. */
-static int32_t splits_of(int64_t units, int64_t keys, int64_t key_bytes, int64_t slots, int64_t least_keys)
+/* One way to run a kernel: CTAs at a time, and what splits cost. */
+typedef struct layout {
+    int64_t slots;   /* CTAs that run at a time */
+    int64_t an_sm;   /* of them on one multiprocessor */
+    int64_t cluster; /* up to so many splits meet in a cluster; 1: none do */
+    int64_t most;    /* splits */
+} layout;
+
+/* Nanoseconds that a layout needs, from what was measured on an H200: a multiprocessor draws 70 bytes/ns and all of them together 4600; a CTA's
+ * beginning and end take 3 us, meeting in a cluster 1 us, in scratch 3 us. Only the order of the results matters. */
+static double cost_of(const layout *l, int64_t units, int64_t keys, int64_t key_bytes, int64_t splits)
 {
-    const int64_t toll = 24 << 10, most = clamp_i64(keys / least_keys, 1, 128);
-    int64_t best = 1, best_cost = INT64_MAX;
-    for (int64_t splits = 1; splits <= most; splits++) {
-        const int64_t waves = ceil_div(units * splits, slots);
-        const int64_t cost = waves * (ceil_div(keys, splits) * key_bytes + toll + (splits > 1 ? toll : 0)) + (splits > 1 ? splits * 64 : 0);
-        if (cost < best_cost) {
+    const int64_t ctas = units * splits, running = min_i64(ctas, l->slots);
+    const double waves = (double)ceil_div(ctas, l->slots), bytes = (double)ceil_div(keys, splits) * (double)key_bytes;
+    const double alone = bytes / 70.0 * (double)ceil_div(running * l->an_sm, l->slots), together = bytes * (double)(running + 2) / 4600.0;
+    const double meeting = splits == 1 ? 0.0 : splits <= l->cluster ? 1000.0 : 3000.0 + 10.0 * (double)splits;
+    return waves * ((alone > together ? alone : together) + 3000.0) + meeting;
+}
+
+/* Splits that a cluster can hold are powers of two: others leave multiprocessors of a group idle. */
+static bool is_cluster(const layout *l, int64_t splits)
+{
+    return splits > 1 && splits <= l->cluster && (splits & (splits - 1)) == 0;
+}
+
+static int64_t splits_of(const layout *l, int64_t units, int64_t keys, int64_t key_bytes, double *cost)
+{
+    int64_t best = 1;
+    *cost = HUGE_VAL;
+    for (int64_t splits = 1; splits <= l->most; splits++) {
+        const double own = cost_of(l, units, keys, key_bytes, splits);
+        if ((splits == 1 || splits > l->cluster || is_cluster(l, splits)) && own < *cost) {
             best = splits;
-            best_cost = cost;
+            *cost = own;
         }
     }
-    return (int32_t)best;
+    return best;
 }
 
 static bool push(sa_cuda_plan *plan, int kernel, int64_t grid, int64_t block, int64_t cluster, int64_t shared)
@@ -114,16 +136,20 @@ static bool plan_decode(sa_cuda_problem *p, const sa_cuda_device *device, const 
     const int64_t units = units_of(p, o, SA_DECODE_ROWS), slice = SA_DECODE_SLICE(o->depth);
     const int64_t a_warp = SA_DECODE_STAGES * slice * o->depth * 2 * 2, fixed = SA_DECODE_SHARED(o->depth);
     const int64_t warps_fit = clamp_i64((device->shared_limit - fixed) / a_warp, 1, SA_DECODE_WARPS);
-    const int64_t half = min_i64(warps_fit, SA_DECODE_WARPS / 2);
-    const int64_t an_sm = half < warps_fit && 2 * (half * a_warp + fixed + 1024) <= device->shared_limit + 1024 ? 2 : 1;
-    int64_t warps = half;
-    p->splits = splits_of(units, o->keys, o->key_bytes, device->multiprocessors * an_sm, 8 * slice);
-    if (an_sm == 2 && units * p->splits < 2 * device->multiprocessors) {
-        /* All at once: one large CTA an SM waits for less. */
-        warps = warps_fit;
-        p->splits = splits_of(units, o->keys, o->key_bytes, device->multiprocessors, 8 * slice);
+    const int64_t half = min_i64(warps_fit, SA_DECODE_WARPS / 2), most = clamp_i64(o->keys / (8 * slice), 1, 128);
+    const bool two = half < warps_fit && 2 * (half * a_warp + fixed + 1024) <= device->shared_limit + 1024;
+    const layout large = {device->multiprocessors, 1, min_i64(device->cluster_limit, SA_DECODE_CLUSTER), most};
+    const layout small = {2 * device->multiprocessors, 2, 1, most};
+    double cost, other_cost = HUGE_VAL;
+    int64_t warps = warps_fit;
+    p->splits = (int32_t)splits_of(&large, units, o->keys, o->key_bytes, &cost);
+    p->clustered = is_cluster(&large, p->splits);
+    const int64_t other = two ? splits_of(&small, units, o->keys, o->key_bytes, &other_cost) : 1;
+    if (other_cost < cost) {
+        p->splits = (int32_t)other;
+        p->clustered = 0;
+        warps = half;
     }
-    p->clustered = p->splits > 1 && p->splits <= min_i64(device->cluster_limit, SA_DECODE_CLUSTER);
     p->row_tiles = tiles_of(p, o, SA_DECODE_ROWS);
     reserve_partials(p, plan, units, SA_DECODE_ROWS);
     p->append = is_step(p);
@@ -137,7 +163,9 @@ static bool plan_decode(sa_cuda_problem *p, const sa_cuda_device *device, const 
 static bool plan_f32(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
 {
     const int64_t units = units_of(p, o, SA_F32_ROWS);
-    p->splits = splits_of(units, o->keys, o->key_bytes, 2 * device->multiprocessors, 128);
+    const layout each = {2 * device->multiprocessors, 2, 1, clamp_i64(o->keys / 128, 1, 128)};
+    double cost;
+    p->splits = (int32_t)splits_of(&each, units, o->keys, o->key_bytes, &cost);
     p->row_tiles = tiles_of(p, o, SA_F32_ROWS);
     reserve_partials(p, plan, units, SA_F32_ROWS);
     return push(plan, ATTEND_F32 + o->bucket, units * p->splits, 32 * SA_F32_WARPS, 1, SA_F32_SHARED(o->depth));
@@ -202,6 +230,7 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     problem->partial_offset = problem->state_offset = problem->row_tiles = 0;
     problem->lse_offset = problem->rotated_offset = -1;
     problem->aligned = reads_pieces(problem);
+    problem->group = (int32_t)(problem->heads_q / problem->heads_kv);
     problem->lean = problem->query_length == 1 && problem->sequences == 0 && problem->window.data == NULL && problem->dtype != SA_CUDA_F32;
     if (problem->batch == 0 || problem->query_length == 0) {
         return 0;

@@ -22,6 +22,7 @@ struct decode_shared {
     float turn[2][2][128]; /* own and pinned position; cos and sin */
     alignas(16) uint16_t new_key[256];
     alignas(16) uint16_t new_value[256];
+    float states[SA_DECODE_ROWS][2][SA_DECODE_WARPS]; /* maximum and sum of each warp */
 };
 static_assert(sizeof(decode_shared) <= SA_DECODE_ROWS_SHARED, "room for what is known of the rows");
 
@@ -84,12 +85,21 @@ __device__ __forceinline__ void load_token(const sa_cuda_problem &p, int64_t bat
     }
 }
 
-__device__ void fill_turns(const sa_cuda_problem &p, decode_shared &s)
+/* The pair whose turn a thread computes; its frequency is asked for early. */
+__device__ __forceinline__ double load_frequency(const sa_cuda_problem &p)
 {
-    for (int i = threadIdx.x; i < 2 * p.cache.pairs; i += blockDim.x) {
-        const int kind = i >= p.cache.pairs, pair = i - kind * (int)p.cache.pairs;
+    const int pairs = (int)p.cache.pairs, i = threadIdx.x;
+    return i < 2 * pairs ? p.cache.inv_freq[i < pairs ? i : i - pairs] : 0.0;
+}
+
+__device__ __forceinline__ void fill_turns(const sa_cuda_problem &p, decode_shared &s, double frequency)
+{
+    const int pairs = (int)p.cache.pairs;
+    for (int i = threadIdx.x; i < 2 * pairs; i += blockDim.x) {
+        const int kind = i >= pairs, pair = i - kind * pairs;
         const int64_t position = kind ? pinned_turn(p, s.t.at.position) : s.t.at.position;
-        rotation(p.cache, position, pair, !p.cache.applied, s.turn[kind][0][pair], s.turn[kind][1][pair]);
+        rotation(i < blockDim.x ? frequency : p.cache.inv_freq[pair], position, p.cache.applied ? 1.0f : (float)p.cache.scaling,
+                 s.turn[kind][0][pair], s.turn[kind][1][pair]);
     }
 }
 
@@ -143,7 +153,7 @@ template <int depth> struct loader {
     static constexpr int slice_keys = shape<depth>::slice, pieces = shape<depth>::pieces, step = 32 / pieces; /* rows of one instruction */
     const char *key, *value;                                                                                   /* the lane's piece of its first row */
     int64_t key_stride, value_stride, left; /* bytes of `step` rows; keys from here to the end of what is seen */
-    int slice, run, run_end;
+    int slice, run, run_end, raw;
 
     __device__ __forceinline__ void enter(const tile<SA_DECODE_ROWS> &t)
     {
@@ -154,6 +164,7 @@ template <int depth> struct loader {
         const sa::run &r = t.list.runs[run];
         const int64_t first = t.seen[run].low + (int64_t)(slice - t.first_slice[run]) * slice_keys;
         run_end = t.first_slice[run + 1];
+        raw = r.raw;
         left = t.seen[run].high - first;
         key = r.key + (first + lane / pieces) * r.key_stride + lane % pieces * 16;
         value = r.value + (first + lane / pieces) * r.value_stride + lane % pieces * 16;
@@ -207,6 +218,9 @@ template <int depth>
 __device__ __forceinline__ void load_slice(const sa_cuda_problem &p, const decode_shared &s, const loader<depth> &l, char *stage, uint64_t policy)
 {
     char *values = stage + shape<depth>::half_stage;
+    if (l.raw) {
+        return; /* the token of a step is put there when its turn comes */
+    }
     if (p.aligned) {
         l.copy(l.key, l.key_stride, (int)p.depth, shared_address(stage), policy);
         l.copy(l.value, l.value_stride, (int)p.depth_v, shared_address(values), policy);
@@ -256,6 +270,7 @@ struct walker {
     int slice, run, run_end;
     int clean_begin, clean_end; /* slices that every row sees whole */
     bool second;                /* the second query is in use */
+    int raw;                    /* the token of a step */
 
     template <int slice_keys> __device__ __forceinline__ void enter(const sa_cuda_problem &p, const tile<SA_DECODE_ROWS> &t)
     {
@@ -266,6 +281,7 @@ struct walker {
         const int64_t low = t.seen[run].low;
         run_end = t.first_slice[run + 1];
         second = r.kind == run_pinned && has_second_query(p);
+        raw = r.raw;
         clean_begin = t.first_slice[run] + (int)((uint64_t)(t.all[run].low - low + slice_keys - 1) / slice_keys);
         clean_end = t.first_slice[run] + (int)((uint64_t)most(t.all[run].high - low, 0) / slice_keys);
         if (r.kind == run_pinned && p.sink_bias.given) {
@@ -340,88 +356,76 @@ __device__ __forceinline__ void attend_slice(const sa_cuda_problem &p, const til
     multiply_values<T, depth, slice>(shared_address(stage) + shape<depth>::half_stage, scores, state.values);
 }
 
-/* The token of a step, which is not in the cache yet: a slice of one key. */
-template <typename T, int depth>
-__device__ __noinline__ warp_state<depth> attend_token(const sa_cuda_problem &p, const decode_shared &s, uint32_t queries, char *stage,
-                                                       warp_state<depth> state)
+/* The token of a step becomes the first key of a stage. One warp. */
+template <int depth> __device__ __forceinline__ void place_token(const decode_shared &s, char *stage)
 {
     const int lane = threadIdx.x % 32;
-    for (int i = 0; i < s.t.list.count; i++) {
-        const run &r = s.t.list.runs[i];
-        if (r.raw) {
-            if (lane < shape<depth>::pieces) {
-                *(uint4 *)(stage + piece_at<depth>(0, lane)) = ((const uint4 *)s.new_key)[lane];
-                *(uint4 *)(stage + shape<depth>::half_stage + piece_at<depth>(0, lane)) = ((const uint4 *)s.new_value)[lane];
-            }
-            __syncwarp();
-            held_queries<depth> held;
-            held.load(r.kind == run_pinned && has_second_query(p) ? queries + SA_DECODE_ROWS * depth * 2 : queries);
-            attend_slice<T, depth>(p, s.t, r, 0, true, held, stage, state);
-        }
+    if (lane < shape<depth>::pieces) {
+        *(uint4 *)(stage + piece_at<depth>(0, lane)) = ((const uint4 *)s.new_key)[lane];
+        *(uint4 *)(stage + shape<depth>::half_stage + piece_at<depth>(0, lane)) = ((const uint4 *)s.new_value)[lane];
     }
-    return state;
+    __syncwarp();
 }
 
 /* --- the end ---------------------------------------------------------------------------------------------------------------------- */
 
-/* The warps of a CTA become one: all learn the common maximum, leave their values on its scale, and the values are added up in the order of the
- * warps. `memory`: the rings. Ends with a barrier. */
-template <int depth> __device__ __forceinline__ partial merge_warps(const tile<SA_DECODE_ROWS> &t, warp_state<depth> &state, char *memory)
+/* The warps of a CTA become one: all learn the common maximum, leave their values on its scale in their own rings, and the values are added
+ * up in the order of the warps, into the queries' place. The caller puts a barrier behind it. */
+template <int depth>
+__device__ __forceinline__ partial merge_warps(decode_shared &s, warp_state<depth> &state, char *rings, float *merged)
 {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    float *values = (float *)memory, *states = values + warps * SA_DECODE_ROWS * depth; /* states: [rows, 2, warps] */
-    float *merged = states + 2 * SA_DECODE_WARPS * SA_DECODE_ROWS, *merged_states = merged + SA_DECODE_ROWS * depth;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, real = s.t.real;
+    float *merged_states = &s.turn[0][0][0]; /* no longer needed */
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float *own = states + (lane / 4 + 8 * half) * 2 * SA_DECODE_WARPS + warp;
         float sum = state.sum[half];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         if (lane % 4 == 0) {
-            own[0] = state.maximum[half];
-            own[SA_DECODE_WARPS] = sum;
+            s.states[lane / 4 + 8 * half][0][warp] = state.maximum[half];
+            s.states[lane / 4 + 8 * half][1][warp] = sum;
         }
     }
     __syncthreads();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = lane / 4 + 8 * half;
-        if (row >= t.real) {
+        if (row >= real) {
             continue;
         }
-        const float *all = states + row * 2 * SA_DECODE_WARPS;
         float maximum = -infinity;
 #pragma unroll
         for (int w = 0; w < SA_DECODE_WARPS; w++) {
-            maximum = fmaxf(maximum, w < warps ? all[w] : -infinity);
+            maximum = fmaxf(maximum, w < warps ? s.states[row][0][w] : -infinity);
         }
         const float factor = factor_to(state.maximum[half], maximum);
+        float *own = (float *)(rings + warp * shape<depth>::ring) + row * depth + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < depth / 8; n++) {
-            *(float2 *)(values + (warp * SA_DECODE_ROWS + row) * depth + n * 8 + lane % 4 * 2) =
-                make_float2(state.values[n][2 * half] * factor, state.values[n][2 * half + 1] * factor);
+            *(float2 *)(own + n * 8) = make_float2(state.values[n][2 * half] * factor, state.values[n][2 * half + 1] * factor);
         }
         if (warp == 0 && lane % 4 == 0) {
             float sum = 0.0f;
 #pragma unroll
             for (int w = 0; w < SA_DECODE_WARPS; w++) {
-                sum += w < warps ? factor_to(all[w], maximum) * all[SA_DECODE_WARPS + w] : 0.0f;
+                sum += w < warps ? factor_to(s.states[row][0][w], maximum) * s.states[row][1][w] : 0.0f;
             }
             merged_states[2 * row] = maximum;
             merged_states[2 * row + 1] = sum;
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < t.real * (depth / 4); i += blockDim.x) {
+    for (int i = threadIdx.x; i < real * (depth / 4); i += blockDim.x) {
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int w = 0; w < SA_DECODE_WARPS; w++) {
-            const float4 own = w < warps ? ((const float4 *)(values + w * SA_DECODE_ROWS * depth))[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            total = make_float4(total.x + own.x, total.y + own.y, total.z + own.z, total.w + own.w);
+            if (w < warps) {
+                const float4 own = ((const float4 *)(rings + w * shape<depth>::ring))[i];
+                total = make_float4(total.x + own.x, total.y + own.y, total.z + own.z, total.w + own.w);
+            }
         }
         ((float4 *)merged)[i] = total;
     }
-    __syncthreads();
     return {merged, merged_states, depth};
 }
 
@@ -454,6 +458,9 @@ __device__ __forceinline__ void attend_slices(const sa_cuda_problem &p, const de
                 second = w.second;
             }
         }
+        if (w.raw) {
+            place_token<depth>(s, ring + stage * shape<depth>::stage);
+        }
         const int64_t first = s.t.seen[w.run].low + (int64_t)(w.slice - s.t.first_slice[w.run]) * slice;
         attend_slice<T, depth>(p, s.t, s.t.list.runs[w.run], first, w.slice < w.clean_begin || w.slice >= w.clean_end, held,
                                ring + stage * shape<depth>::stage, state);
@@ -470,8 +477,8 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
     decode_shared &s = *(decode_shared *)memory;
     char *queries = memory + SA_DECODE_ROWS_SHARED, *rings = memory + SA_DECODE_SHARED(depth);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const uint32_t unit = blockIdx.x / p.splits;
-    const int split = blockIdx.x % p.splits;
+    const uint32_t unit = p.splits == 1 ? blockIdx.x : p.clustered ? cluster_index() : blockIdx.x / (uint32_t)p.splits;
+    const int split = (int)(blockIdx.x - unit * (uint32_t)p.splits);
     char *ring = rings + warp * shape<depth>::ring;
     if (p.depth < depth || p.depth_v < depth) { /* what no load fills must be zero */
         for (int i = lane; i < shape<depth>::ring / 16; i += 32) {
@@ -479,10 +486,12 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
         }
     }
     const bool turns = rotates_inside(p);
+    const double frequency = turns ? load_frequency(p) : 0.0;
     if (p.lean) {
         /* One warp finds the keys while the others fetch the queries. */
-        const uint32_t tiles = (uint32_t)p.row_tiles, heads = (uint32_t)p.heads_kv, group = (uint32_t)p.heads_q / heads;
-        const uint32_t index = tiles == 1 ? 0 : unit % tiles, above = tiles == 1 ? unit : unit / tiles, row = above / heads, head = above % heads;
+        const uint32_t tiles = (uint32_t)p.row_tiles, heads = (uint32_t)p.heads_kv, group = (uint32_t)p.group;
+        const uint32_t index = tiles == 1 ? 0 : unit % tiles, above = tiles == 1 ? unit : unit / tiles;
+        const uint32_t row = above < heads ? 0 : above / heads, head = above - row * heads;
         const int first_row = (int)index * SA_DECODE_ROWS, fetchers = warps > 1 ? 1 : 0;
         if (warp == 0) {
             fill_lean_tile(p, row, (int)head, first_row, shape<depth>::slice, s.t);
@@ -537,35 +546,31 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
         __syncthreads();
     }
     if (turns) {
-        fill_turns(p, s);
+        fill_turns(p, s, frequency);
         __syncthreads();
         turn_all<T, depth>(p, s, queries);
         __syncthreads();
+    }
+    if (p.append && split == p.splits - 1 && unit % (uint32_t)p.row_tiles == 0) {
+        append_token(p, s);
+    }
+    if (p.append && threadIdx.x == blockDim.x - 1) {
+        advance(p, s.t.at, before, readers);
     }
 
     warp_state<depth> state;
     clear_state(state);
     attend_slices<T, depth>(p, s, load, begin, end, shared_address(queries), ring, policy, state);
-    if (p.append && split == p.splits - 1) {
-        if (warp == warps - 1) {
-            state = attend_token<T, depth>(p, s, shared_address(queries), ring, state);
-        }
-        if (unit % (uint32_t)p.row_tiles == 0) {
-            append_token(p, s);
-        }
-    }
-    if (p.append && threadIdx.x == blockDim.x - 1) {
-        advance(p, s.t.at, before, readers);
-    }
-    __syncthreads(); /* the rings become the place where states meet */
-
-    const partial part = merge_warps<depth>(s.t, state, rings);
+    const partial part = merge_warps<depth>(s, state, rings, (float *)queries);
     if (split == 0) {
         pad_rows<T>(p, s.t);
     }
     if (p.clustered) {
         finish_cluster<T>(p, s.t, part, split);
-    } else if (p.splits > 1) {
+        return;
+    }
+    __syncthreads();
+    if (p.splits > 1) {
         finish_scratch<T>(p, s.t, part, unit, split, rings);
     } else {
         finish_alone<T>(p, s.t, part);

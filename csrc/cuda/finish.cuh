@@ -59,7 +59,7 @@ template <typename T, int row_limit> __device__ void finish_alone(const sa_cuda_
 }
 
 /* The splits are the CTAs of a cluster: each finishes a share of the outputs from everybody's shared memory. All that a thread needs is
- * asked for at once. */
+ * asked for at once. Needs no barrier before it. */
 template <typename T, int row_limit>
 __device__ __forceinline__ void finish_cluster(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part, int rank)
 {
@@ -96,7 +96,7 @@ __device__ __forceinline__ void finish_cluster(const sa_cuda_problem &p, const t
             store_lse(p, t, row, end_of_row.lse);
         }
     }
-    cluster_arrive(); /* nobody leaves while others read */
+    cluster_arrive_relaxed(); /* nobody leaves while others read */
     cluster_wait();
 }
 

@@ -99,7 +99,7 @@ typedef struct sa_cuda_problem {
     int32_t append;          /* decode also appends the chunk to the cache and advances it */
     int32_t aligned;         /* every row of key, value, cache and learned rows is read in 16-byte pieces */
     int32_t lean;            /* one query a row and one window for all: every head sees the same keys */
-    int32_t unused;
+    int32_t group;           /* query heads of a kv head */
 } sa_cuda_problem;
 
 /* Tiles, known to choose.c and to the kernels. A row of a tile is one query of one head of a group. A slice is what a warp of the decode
@@ -126,7 +126,7 @@ enum {
 
 /* Dynamic shared memory: what is known of the rows of a tile, then queries, keys and values. The decode kernel's rings come on top. */
 #define SA_ROWS_SHARED 4096
-#define SA_DECODE_ROWS_SHARED 5120
+#define SA_DECODE_ROWS_SHARED 6144
 #define SA_DECODE_SHARED(depth) (SA_DECODE_ROWS_SHARED + 2 * SA_DECODE_ROWS * (depth) * 2)
 #define SA_F32_SHARED(depth) (SA_ROWS_SHARED + 4 * ((SA_F32_ROWS + 2 * SA_F32_KEYS) * ((depth) + 4) + SA_F32_ROWS * (SA_F32_KEYS + 4)))
 #define SA_PREFILL_SHARED(depth) (SA_ROWS_SHARED + 2 * (depth) * (SA_PREFILL_ROWS + 4 * SA_PREFILL_KEYS(depth)))

@@ -151,7 +151,7 @@ struct run {
     int64_t count;
     int64_t position; /* of the first key; pinned runs: also the column of sink_bias */
     int32_t kind;
-    int32_t raw;      /* the token of a step: the decode kernel takes it from the chunk itself, it has no slices */
+    int32_t raw;      /* the token of a step: the decode kernel has it in shared memory */
 };
 
 constexpr int max_runs = 6;
@@ -401,7 +401,7 @@ template <int row_limit> __device__ __forceinline__ void fill_tile(const sa_cuda
         const range seen = real > 0 ? visible(own, p.causal, window_high, window_high, low, high) : range{0, 0};
         t.seen[place] = seen;
         t.all[place] = visible(own, p.causal, window_low, window_low, high, low);
-        slices = own.raw ? 0 : (int)((uint64_t)(most(seen.high - seen.low, 0) + slice - 1) / (unsigned)slice);
+        slices = (int)((uint64_t)(most(seen.high - seen.low, 0) + slice - 1) / (unsigned)slice);
     }
     for (int step = 1; step < 8; step *= 2) {
         const int before = __shfl_up_sync(~0u, slices, step);
@@ -462,13 +462,13 @@ __device__ __forceinline__ run lean_run(const sa_cuda_problem &p, const place &a
 template <int row_limit>
 __device__ __forceinline__ void fill_lean_tile(const sa_cuda_problem &p, int64_t row, int head, int first_row, int slice, tile<row_limit> &t)
 {
-    const int lane = threadIdx.x % 32, group = (int)((uint32_t)p.heads_q / (uint32_t)p.heads_kv);
+    const int lane = threadIdx.x % 32, group = p.group;
     const place at = batch_row(p, row);
     const int64_t window = window_of(p, 0);
     const int rows = group - first_row < row_limit ? group - first_row : row_limit, real = at.query_count > 0 ? rows : 0;
     const run own = lean_run(p, at, head, window, lane);
     const int place = fill_runs(own, t.list);
-    int slices = own.raw || real == 0 ? 0 : (int)((uint64_t)(own.count + slice - 1) / (unsigned)slice);
+    int slices = real == 0 ? 0 : (int)((uint64_t)(own.count + slice - 1) / (unsigned)slice);
     for (int step = 1; step < 8; step *= 2) {
         const int before = __shfl_up_sync(~0u, slices, step);
         slices += lane >= step ? before : 0;
@@ -578,13 +578,13 @@ __device__ __forceinline__ void advance(const sa_cuda_problem &p, const place &a
 
 /* --- rotary positions -------------------------------------------------------------------------------------------------------------- */
 
-/* cos and sin of position * inv_freq, the angle reduced in fp64 (two-part 2 pi), so that position 10 000 000 is as exact as position 10. */
-__device__ inline void rotation(const sa_cuda_cache &cache, int64_t position, int64_t pair, bool scaled, float &cosine, float &sine)
+/* cos and sin of position * frequency, times factor; the angle is reduced in fp64 (two-part 2 pi), so that position 10 000 000 is as exact as
+ * position 10. */
+__device__ __forceinline__ void rotation(double frequency, int64_t position, float factor, float &cosine, float &sine)
 {
-    const double angle = (double)position * cache.inv_freq[pair], turns = rint(angle * 0.15915494309189535);
+    const double angle = (double)position * frequency, turns = rint(angle * 0.15915494309189535);
     const double reduced = fma(-turns, 2.4492935982947064e-16, fma(-turns, 6.283185307179586, angle));
     sincosf((float)reduced, &sine, &cosine);
-    const float factor = scaled ? (float)cache.scaling : 1.0f;
     cosine *= factor;
     sine *= factor;
 }

@@ -140,9 +140,22 @@ __device__ __forceinline__ bool arrive(uint32_t *counter, uint32_t count)
 /* --- clusters (sm_90 and later) -------------------------------------------------------------------------------------------------- */
 
 #if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ uint32_t cluster_index()
+{
+    uint32_t index;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
+
 __device__ __forceinline__ void cluster_arrive()
 {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+/* An arrival that publishes nothing: it need not wait for stores on their way. */
+__device__ __forceinline__ void cluster_arrive_relaxed()
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_wait()
@@ -165,7 +178,16 @@ __device__ __forceinline__ float cluster_load(uint32_t address)
     return x;
 }
 #else
+__device__ __forceinline__ uint32_t cluster_index()
+{
+    return blockIdx.x;
+}
+
 __device__ __forceinline__ void cluster_arrive()
+{
+}
+
+__device__ __forceinline__ void cluster_arrive_relaxed()
 {
 }
 
