@@ -66,6 +66,14 @@ typedef struct layout {
     int64_t most;    /* splits */
 } layout;
 
+/* May the splits of a tile be a cluster? Powers of two, and all clusters at once: a group of multiprocessors that a cluster does not fill stays
+ * idle, so that of 132 about 120 serve. */
+static bool is_cluster(const layout *l, int64_t units, int64_t splits)
+{
+    const bool power = splits > 1 && splits <= l->cluster && (splits & (splits - 1)) == 0;
+    return power && (units * splits <= l->slots * 9 / 10 || (splits == 2 && units * splits <= l->slots));
+}
+
 /* Nanoseconds that a layout needs, from what was measured on an H200: a multiprocessor draws 70 bytes/ns and all of them together 4600; a CTA's
  * beginning and end take 3 us, meeting in a cluster 1 us, in scratch 3 us. Only the order of the results matters. */
 static double cost_of(const layout *l, int64_t units, int64_t keys, int64_t key_bytes, int64_t splits)
@@ -73,14 +81,8 @@ static double cost_of(const layout *l, int64_t units, int64_t keys, int64_t key_
     const int64_t ctas = units * splits, running = min_i64(ctas, l->slots);
     const double waves = (double)ceil_div(ctas, l->slots), bytes = (double)ceil_div(keys, splits) * (double)key_bytes;
     const double alone = bytes / 70.0 * (double)ceil_div(running * l->an_sm, l->slots), together = bytes * (double)(running + 2) / 4600.0;
-    const double meeting = splits == 1 ? 0.0 : splits <= l->cluster ? 1000.0 : 3000.0 + 10.0 * (double)splits;
+    const double meeting = splits == 1 ? 0.0 : is_cluster(l, units, splits) ? 1000.0 : 3000.0 + 10.0 * (double)splits;
     return waves * ((alone > together ? alone : together) + 3000.0) + meeting;
-}
-
-/* Splits that a cluster can hold are powers of two: others leave multiprocessors of a group idle. */
-static bool is_cluster(const layout *l, int64_t splits)
-{
-    return splits > 1 && splits <= l->cluster && (splits & (splits - 1)) == 0;
 }
 
 static int64_t splits_of(const layout *l, int64_t units, int64_t keys, int64_t key_bytes, double *cost)
@@ -89,7 +91,7 @@ static int64_t splits_of(const layout *l, int64_t units, int64_t keys, int64_t k
     *cost = HUGE_VAL;
     for (int64_t splits = 1; splits <= l->most; splits++) {
         const double own = cost_of(l, units, keys, key_bytes, splits);
-        if ((splits == 1 || splits > l->cluster || is_cluster(l, splits)) && own < *cost) {
+        if (own < *cost) {
             best = splits;
             *cost = own;
         }
@@ -143,7 +145,7 @@ static bool plan_decode(sa_cuda_problem *p, const sa_cuda_device *device, const 
     double cost, other_cost = HUGE_VAL;
     int64_t warps = warps_fit;
     p->splits = (int32_t)splits_of(&large, units, o->keys, o->key_bytes, &cost);
-    p->clustered = is_cluster(&large, p->splits);
+    p->clustered = is_cluster(&large, units, p->splits);
     const int64_t other = two ? splits_of(&small, units, o->keys, o->key_bytes, &other_cost) : 1;
     if (other_cost < cost) {
         p->splits = (int32_t)other;

@@ -477,6 +477,14 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
     decode_shared &s = *(decode_shared *)memory;
     char *queries = memory + SA_DECODE_ROWS_SHARED, *rings = memory + SA_DECODE_SHARED(depth);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    if (warp > 0 && lane == 0) {
+        uint32_t words = 0;
+#pragma unroll 2
+        for (int line = warp - 1; line < (int)sizeof p / 64; line += warps - 1) {
+            words += touch_parameters(&p, line);
+        }
+        ((uint32_t *)s.states)[warp] = words; /* nobody reads it */
+    }
     const uint32_t unit = p.splits == 1 ? blockIdx.x : p.clustered ? cluster_index() : blockIdx.x / (uint32_t)p.splits;
     const int split = (int)(blockIdx.x - unit * (uint32_t)p.splits);
     char *ring = rings + warp * shape<depth>::ring;
@@ -562,7 +570,7 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
     clear_state(state);
     attend_slices<T, depth>(p, s, load, begin, end, shared_address(queries), ring, policy, state);
     const partial part = merge_warps<depth>(s, state, rings, (float *)queries);
-    if (split == 0) {
+    if (split == 0 && s.t.real < s.t.rows) {
         pad_rows<T>(p, s.t);
     }
     if (p.clustered) {

@@ -77,6 +77,15 @@ __device__ __forceinline__ float exp2_fast(float x)
     return y;
 }
 
+/* A word of line `line` of the parameters. They are cold when a kernel begins, and waiting for one line after the other would take longer than
+ * all else: other warps than the one in a hurry ask for them. */
+__device__ __forceinline__ uint32_t touch_parameters(const void *parameters, int line)
+{
+    uint32_t word;
+    asm volatile("ld.param.u32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_grid_constant((const char *)parameters + 64 * line)));
+    return word;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void *pointer)
 {
     return (uint32_t)__cvta_generic_to_shared(pointer);

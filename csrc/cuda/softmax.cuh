@@ -17,10 +17,12 @@ __device__ __forceinline__ float anchor_of(float maximum)
     return maximum == -infinity ? 0.0f : maximum;
 }
 
+/* The fast instructions are right to 2 units in the last place, which is enough for what happens a few times a row. */
+
 /* Rescales a state from its own maximum to a larger one; 0 for an empty state. */
 __device__ __forceinline__ float factor_to(float maximum, float larger)
 {
-    return maximum == -infinity ? 0.0f : exp2f(maximum - larger);
+    return maximum == -infinity ? 0.0f : exp2_fast(maximum - larger);
 }
 
 struct softmax_end {
@@ -38,8 +40,8 @@ __device__ __forceinline__ softmax_end close(float maximum, float sum, float sin
         return {0.0f, sink * ln2};
     }
     const float anchor = anchor_of(fmaxf(maximum, sink));
-    const float keys = exp2f(anchor_of(maximum) - anchor), total = sum * keys + exp2f(sink - anchor);
-    return {keys / total, ln2 * (anchor + log2f(total))};
+    const float keys = exp2_fast(anchor_of(maximum) - anchor), total = sum * keys + exp2_fast(sink - anchor);
+    return {__fdividef(keys, total), ln2 * (anchor + __log2f(total))};
 }
 
 } // namespace sa
