@@ -68,7 +68,7 @@ class _Head(NamedTuple):
     window: float          # inf: none
     sinks: int             # pinned tokens
     logits: np.ndarray     # [logits], in the denominator only
-    bias: np.ndarray       # [sinks]
+    bias: np.ndarray       # [sinks], or [1] for all of them
     extra_k: np.ndarray    # [rows, depth], learned rows that every query sees
     extra_v: np.ndarray    # [rows, depth_v]
     scale: float
@@ -159,7 +159,7 @@ def _heads(batch, heads_q, heads_kv, depth, depth_v, *, causal, window, sinks, s
     logits = np.empty((heads_q, 0)) if sink_logits is None else _wide(sink_logits)
     if logits.ndim < 2:
         logits = np.broadcast_to(logits, (heads_q,))[:, None]
-    bias = np.zeros((heads_q, sinks)) if sink_bias is None else _wide(sink_bias)
+    bias = np.zeros((heads_q, 1)) if sink_bias is None else _wide(sink_bias)
     slopes = np.zeros(heads_q) if alibi_slopes is None else _wide(alibi_slopes)
     slopes = np.broadcast_to(slopes, (batch, heads_q))
     if sink_kv is None:

@@ -8,12 +8,14 @@ from on_device import has_cuda, wrappers
 import sinkattn
 from sinkattn.config import cpu_tables, use_cpu_table
 
-TABLES = ("reference", "avx2", "avx512", "avx512bf16")
+TABLES = ("reference", "avx2", "avx512", "avx512bf16", "neon", "neonbf16")
 CUDA = ("cuda", "cuda_numbers") if has_cuda() else ()  # the second: auxiliary arrays there too
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60,
                           suppress_health_check=list(HealthCheck))
 settings.register_profile("default", settings.get_profile("ci"), max_examples=40)
+settings.register_profile("deep", settings.get_profile("ci"), max_examples=1500, derandomize=False,
+                          print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

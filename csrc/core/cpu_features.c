@@ -51,9 +51,24 @@ unsigned sa_cpu_probe(void)
     return found;
 }
 #elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 unsigned sa_cpu_probe(void)
 {
-    return SA_CPU_NEON;
+    unsigned found = SA_CPU_NEON;
+#if defined(__linux__)
+    const unsigned long bf16 = 1ul << 14; /* HWCAP2_BF16, where the C library's header does not name it yet */
+    found |= (getauxval(AT_HWCAP2) & bf16) ? SA_CPU_NEON_BF16 : 0;
+#elif defined(__APPLE__)
+    int bf16 = 0;
+    size_t size = sizeof bf16;
+    found |= sysctlbyname("hw.optional.arm.FEAT_BF16", &bf16, &size, NULL, 0) == 0 && bf16 ? SA_CPU_NEON_BF16 : 0;
+#endif
+    return found;
 }
 #else
 unsigned sa_cpu_probe(void)
@@ -68,7 +83,8 @@ const char *sa_cpu_features(void)
         unsigned bit;
         const char *name;
     } names[] = {{SA_CPU_AVX2, "avx2 "},          {SA_CPU_AVX512, "avx512 "}, {SA_CPU_AVX512_BF16, "avx512bf16 "},
-                 {SA_CPU_AVX512_FP16, "avx512fp16 "}, {SA_CPU_AMX_BF16, "amx_bf16 "}, {SA_CPU_NEON, "neon "}};
+                 {SA_CPU_AVX512_FP16, "avx512fp16 "}, {SA_CPU_AMX_BF16, "amx_bf16 "}, {SA_CPU_NEON, "neon "},
+                 {SA_CPU_NEON_BF16, "neonbf16 "}};
     static _Thread_local char text[96];
     text[0] = '\0';
     const unsigned found = sa_cpu_probe();

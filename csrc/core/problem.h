@@ -6,6 +6,8 @@
 #ifndef SA_PROBLEM_H
 #define SA_PROBLEM_H
 
+#include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "../sinkattn.h"
@@ -81,6 +83,13 @@ static inline sa_range sa_visible(const sa_run *run, bool causal, int64_t window
         return (sa_range){0, high};
     }
     return (sa_range){clamp_i64(position - window + 1 - run->position, 0, run->count), high};
+}
+
+/* A bias of -inf takes a pinned column away from a head, whatever its key and value hold. */
+static inline bool sa_removed(const sa_problem *problem, const sa_run *run, int64_t head, int64_t key)
+{
+    return run->kind == SA_RUN_PINNED && problem->sink_bias != NULL &&
+           problem->sink_bias[head * problem->bias_stride + run->position + key] == -INFINITY;
 }
 
 /* Where the mass of key `index` of a run goes, < 0 for nowhere. */

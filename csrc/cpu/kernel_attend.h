@@ -4,7 +4,7 @@
  *
  * A task is a span of queries of one kv head with its whole group of query heads, against the blocks that some query of it sees, so
  * time grows with what is visible. Each block of K and V is packed once for the span (many rows) or read in place (few rows: decode).
- * Few rows against many keys are split into pieces of 512 keys, merged in order by whoever finishes last.
+ * Few rows against many keys are split into pieces of 512 keys or more, merged in order by whoever finishes last.
  *
  * Nothing in a row's arithmetic depends on the span, the chunk or the thread that it was computed in: blocks lie on a grid fixed to the
  * run, sums run in key order, and a column that a row does not see adds an exact zero. So results do not depend on threads or on batch
@@ -34,7 +34,8 @@
 enum {
     SPAN_ROWS = 384,   /* Q and O of a span stay in L2 */
     SPLIT_ROWS = 64,   /* at most so many rows are worth splitting the keys for */
-    SPLIT_BLOCKS = 4,
+    SPLIT_BLOCKS = 4,  /* a piece is not shorter */
+    SPLIT_PIECES = 32, /* per kv head: more than enough for every thread, few enough that starting one costs little */
 };
 
 /* Partial results of the pieces of one (row, kv head). */
@@ -42,6 +43,7 @@ typedef struct row_plan {
     int64_t first_task; /* tasks of a row: [kv head][span or piece] */
     int64_t span_count, span_queries;
     int64_t pieces;      /* 1: not split */
+    int64_t piece_blocks;
     float *partial;      /* [heads_kv, pieces, rows, acc_stride + 2] */
     atomic_int *missing; /* [heads_kv] pieces not finished */
 } row_plan;
@@ -77,6 +79,46 @@ static bool columns_of_chunk(const span *s, const sa_run *run, int64_t r0, int64
     return all->low < all->high;
 }
 
+/* Is a pinned column of the block removed for every head of the group? Then nobody sees what its key and value hold. */
+static bool removed_for_all(const span *s, const sa_run *run, int64_t key)
+{
+    for (int64_t head = s->kv_head * s->group; head < (s->kv_head + 1) * s->group; head++) {
+        if (!sa_removed(s->problem, run, head, key)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool removes_any(const span *s, const sa_run *run, int64_t begin, sa_range need)
+{
+    for (int64_t column = need.low; column < need.high && s->problem->sink_bias != NULL && run->kind == SA_RUN_PINNED; column++) {
+        if (removed_for_all(s, run, begin + column)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A weight of zero times NaN is NaN: the values of removed columns leave the panels. Their scores are masked by the bias itself. */
+static void clear_removed(const span *s, const sa_run *run, int64_t begin, sa_range need)
+{
+    const int64_t rows = words_of(s->pairs, BLOCK_KEYS);
+    for (int64_t column = need.low; column < need.high; column++) {
+        if (!removed_for_all(s, run, begin + column)) {
+            continue;
+        }
+        for (int64_t i = 0; i < s->acc_stride; i++) {
+            float *panel = s->values + i / TILE_COLUMNS * rows * TILE_COLUMNS + i % TILE_COLUMNS;
+            if (s->pairs) {
+                ((uint16_t *)(void *)(panel + column / 2 * TILE_COLUMNS))[column % 2] = 0;
+            } else {
+                panel[column * TILE_COLUMNS] = 0.0f;
+            }
+        }
+    }
+}
+
 static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_range need)
 {
     const sa_problem *p = s->problem;
@@ -86,6 +128,9 @@ static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_ran
     const float *query = query_for(s, run);
     key_packer(p->dtype, s->pairs)(sa_at(run->key, p->dtype, key), run->key_stride, p->depth, need.low, need.high, s->keys);
     value_packer(p->dtype, s->pairs)(sa_at(run->value, p->dtype, value), run->value_stride, p->depth_v, need.low, need.high, s->values);
+    if (removes_any(s, run, begin, need)) {
+        clear_removed(s, run, begin, need);
+    }
 
     for (int64_t r0 = 0; r0 < s->rows; r0 += CHUNK_ROWS) {
         const int64_t rows = min_i64(CHUNK_ROWS, s->rows - r0);
@@ -117,8 +162,11 @@ static void block_direct(const span *s, const sa_run *run, int64_t begin, sa_ran
     const sa_problem *p = s->problem;
     const int64_t key = s->kv_head * run->key_head_stride + begin * run->key_stride;
     const int64_t value = s->kv_head * run->value_head_stride + begin * run->value_stride;
-    const direct_keys keys = {sa_at(run->key, p->dtype, key), run->key_stride, need.low, need.high};
-    const direct_keys values = {sa_at(run->value, p->dtype, value), run->value_stride, need.low, need.high};
+    const int64_t size = sa_dtype_size(p->dtype), next_key = key + BLOCK_KEYS * run->key_stride;
+    const int64_t key_step = run->key_stride * size, value_step = run->value_stride * size;
+    const char *first_key = sa_at(run->key, p->dtype, key), *first_value = sa_at(run->value, p->dtype, value);
+    const direct_rows keys = {first_key, first_value, key_step, value_step, need.low, need.high};
+    const direct_rows values = {first_value, sa_at(run->key, p->dtype, next_key), value_step, key_step, need.low, need.high};
     const int64_t low = need.low / LANES * LANES, high = round_up(need.high, LANES);
     score_direct(p->dtype, s->pairs, query_for(s, run), s->query_stride, s->rows, &keys, p->depth, s->scores);
     for (int64_t r = 0; r < s->rows; r++) {
@@ -147,7 +195,7 @@ static void span_blocks(const span *s, int64_t first, int64_t last, const sa_wor
             if (sa_worker_stopped(worker)) {
                 return;
             }
-            if (s->direct) {
+            if (s->direct && !removes_any(s, run, begin, need)) {
                 block_direct(s, run, begin, need);
             } else {
                 block_packed(s, run, begin, need);
@@ -219,11 +267,11 @@ static int64_t span_scratch(const attend_job *job)
 
 static void clear_span(const span *s)
 {
-    for (int64_t r = 0; r < round_up(s->rows, TILE_ROWS); r++) {
+    for (int64_t r = 0; r < padded_rows(s); r++) {
         s->maximum[r] = -INFINITY;
         s->sum[r] = 0.0f;
     }
-    memset(s->acc, 0, (size_t)(round_up(s->rows, TILE_ROWS) * s->acc_stride) * sizeof(float));
+    memset(s->acc, 0, (size_t)(padded_rows(s) * s->acc_stride) * sizeof(float));
 }
 
 static void write_span(const span *s)
@@ -336,7 +384,7 @@ static void attend_task(void *context, int64_t task, sa_worker *worker)
         write_span(&s);
         return;
     }
-    span_blocks(&s, part * SPLIT_BLOCKS, (part + 1) * SPLIT_BLOCKS, worker);
+    span_blocks(&s, part * plan->piece_blocks, (part + 1) * plan->piece_blocks, worker);
     save_piece(plan, &s, part);
     if (atomic_fetch_sub(&plan->missing[kv_head], 1) == 1) {
         join_pieces(plan, &s);
@@ -344,19 +392,21 @@ static void attend_task(void *context, int64_t task, sa_worker *worker)
     }
 }
 
-/* How many pieces a row's keys are cut into: by its own shape alone. */
-static int64_t pieces_of(const attend_job *job, const sa_row *row)
+/* How a row's keys are cut into pieces: by its own shape alone. */
+static void cut_row(const attend_job *job, const sa_row *row, row_plan *plan)
 {
+    plan->pieces = 1;
     const int64_t rows = row->query_count * (job->problem->heads_q / job->problem->heads_kv);
     if (row->query_count == 0 || rows > SPLIT_ROWS) {
-        return 1;
+        return;
     }
-    int64_t most = 1;
+    int64_t most = 0;
     for (int64_t kv_head = 0; kv_head < job->problem->heads_kv; kv_head++) {
         const span s = make_span(job, row, kv_head, 0, row->query_count, false, NULL);
-        most = max_i64(most, ceil_div(count_blocks(&s), SPLIT_BLOCKS));
+        most = max_i64(most, count_blocks(&s));
     }
-    return most;
+    plan->piece_blocks = max_i64(ceil_div(most, SPLIT_PIECES), SPLIT_BLOCKS);
+    plan->pieces = max_i64(ceil_div(most, plan->piece_blocks), 1);
 }
 
 static double flops_of(const attend_job *job)
@@ -401,7 +451,7 @@ static sa_status plan_job(const sa_problem *p, attend_job *job)
     for (int64_t i = 0; i < p->row_count; i++) {
         row_plan *plan = &job->rows[i];
         const int64_t count = p->rows[i].query_count, rows = count * group;
-        plan->pieces = pieces_of(job, &p->rows[i]);
+        cut_row(job, &p->rows[i], plan);
         plan->span_queries = rows <= SPLIT_ROWS ? max_i64(count, 1) : queries;
         plan->span_count = max_i64(ceil_div(count, plan->span_queries), 1);
         plan->first_task = job->tasks;

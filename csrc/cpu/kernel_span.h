@@ -2,6 +2,7 @@
 #ifndef SA_KERNEL_SPAN_H
 #define SA_KERNEL_SPAN_H
 
+#include <float.h>
 #include <math.h>
 
 #include "../core/softmax.h"
@@ -25,6 +26,12 @@ typedef struct span {
     float *scores;               /* [CHUNK_ROWS, SCORE_STRIDE] */
     float *weights;              /* bf16 pairs [CHUNK_ROWS, SCORE_STRIDE / 2] */
 } span;
+
+/* Register tiles work on whole tiles of rows. */
+static int64_t padded_rows(const span *s)
+{
+    return s->direct ? s->rows : round_up(s->rows, TILE_ROWS);
+}
 
 static void number_rows(const span *s)
 {
@@ -52,7 +59,7 @@ static void load_queries(const span *s, const void *data, int64_t head_stride, i
                                            : load_part(dtype, data, offset + word, depth - word));
         }
     }
-    memset(out + s->rows * s->query_stride, 0, (size_t)((round_up(s->rows, TILE_ROWS) - s->rows) * s->query_stride) * sizeof *out);
+    memset(out + s->rows * s->query_stride, 0, (size_t)((padded_rows(s) - s->rows) * s->query_stride) * sizeof *out);
 }
 
 static void load_span_queries(const span *s)
@@ -143,6 +150,7 @@ VEC_INLINE vec_f32 score_of(vec_f32 product, const row_terms *terms, int64_t col
     if (terms->bias != NULL) {
         const vec_f32 bias = load_part(SA_F32, terms->bias, column, terms->bias_count - column);
         x = vec_fma(bias, vec_set1((float)SA_LOG2E), x);
+        x = vec_select_below(bias, -FLT_MAX, vec_set1(-INFINITY), x); /* removed: not even its NaN counts */
     }
     if (terms->slope != 0.0f) {
         const vec_f32 away = vec_sub(vec_set1(terms->distance - (float)column), vec_iota());

@@ -35,6 +35,9 @@ typedef struct query_at {
 static double score(const query_at *at, const sa_run *run, int64_t key)
 {
     const sa_problem *p = at->problem;
+    if (sa_removed(p, run, at->head, key)) {
+        return -(double)INFINITY;
+    }
     const bool second = run->kind == SA_RUN_PINNED && at->row->sink_query != NULL;
     const void *query = second ? at->row->sink_query : at->row->query;
     const int64_t query_offset = second ? at->head * p->sink_query_head_stride + at->index * p->sink_query_stride

@@ -1,6 +1,7 @@
 """The demo's command line."""
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -74,8 +75,13 @@ def main(argv=None):
         print(f"sinkattn demo: --text: {error}", file=sys.stderr)
         return 2
     text = np.frombuffer(content, dtype=np.uint8)
-    with Workers() as workers:
-        results = run(Model.load(MODEL), text, options, Progress, workers)
+    try:
+        with Workers() as workers:
+            bar = functools.partial(Progress, stopped=workers.stopped)
+            results = run(Model.load(MODEL), text, options, bar, workers)
+    except KeyboardInterrupt:
+        print("\nsinkattn demo: stopped", file=sys.stderr)
+        return 130
     results["text"]["name"] = name
     if options.json == "-":
         json.dump(results, sys.stdout, indent=1)

@@ -135,12 +135,14 @@ def run(model, text, options, make_progress, workers):
     asking = recall.work(config, slots, options.plants)
     progress = make_progress(reading + len(at) * slots + asking)
     everywhere = np.broadcast_to(np.arange(options.tokens), rows.shape)
+    past = [(config.context, options.tokens)]
     methods, costs = {}, {}
 
     def record(name, cost, seconds, attentions, single):
         costs[name] = cost[at_rows, at]
         methods[name] = {
             "bits_per_byte": by_bucket(cost.ravel(), everywhere.ravel(), buckets),
+            "past_trained_length": by_bucket(cost.ravel(), everywhere.ravel(), past)[0],
             "bytes_per_second": int(np.count_nonzero(~np.isnan(cost))) / seconds,
             "bytes_per_second_one_at_a_time": single,
             "cache_bytes_per_stream": sum(a.nbytes for a in attentions) // options.streams,
@@ -188,6 +190,7 @@ def run(model, text, options, make_progress, workers):
     costs["window, re-computed"] = fresh
     methods["window, re-computed"] = {
         "bits_per_byte": by_bucket(fresh, at, buckets),
+        "past_trained_length": by_bucket(fresh, at, past)[0],
         "bytes_per_second": len(at) / seconds,
         "bytes_per_second_one_at_a_time": single,
         "cache_bytes_per_stream": Recomputed.nbytes,

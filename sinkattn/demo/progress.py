@@ -6,7 +6,10 @@ import time
 
 
 class Progress:
-    def __init__(self, total, file=None):
+    """total : the work in all. stopped : Event, optional; once it is set, `advance` raises."""
+
+    def __init__(self, total, file=None, stopped=None):
+        self.stopped = stopped
         self.file = file or sys.stderr
         self.total, self.done, self.label = max(total, 1), 0, ""
         self.begun, self.shown = time.perf_counter(), 0.0
@@ -18,6 +21,8 @@ class Progress:
         self._show(force=True)
 
     def advance(self, amount):
+        if self.stopped is not None and self.stopped.is_set():
+            raise InterruptedError("the demo was stopped")
         with self.lock:
             self.done += amount
             self._show()

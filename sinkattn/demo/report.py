@@ -97,11 +97,12 @@ def text_report(results):
         [label(name, settings), *map(_number, row), _number(same["past_trained_length"][name])]
         for name, row in same["bits_per_byte"].items()
     ]
-    parts.append(table(["the same positions", *buckets, "past trained"], lines) + (
+    parts.append(table(["at the same positions", *buckets, "past trained"], lines) + (
         f"\n{label('sinks + window', settings)} / re-computed, past the trained length: "
         f"{same['sinks_window_over_recomputed']:.3f} "
         f"(95 %: {same['interval_95'][0]:.3f} to {same['interval_95'][1]:.3f}; "
         f"{same['count_past_trained_length']} positions)"
+        + (f"\ndense, past trained: only as far as {stopped}." if stopped else "")
     ))
 
     lines = []
@@ -152,19 +153,19 @@ def _opening(results):
 def _closing(results):
     """What the figures say, computed from them."""
     settings, lines = results["settings"], []
-    past = results["same_positions"]["past_trained_length"]
-    ours = past["sinks + window"]
-    if past.get("1 sink + window") is not None and settings["sinks"] > 1:
-        one = past["1 sink + window"]
-        said = "One pinned token is enough" if one <= ours * 1.005 else "One pinned token is worse"
+    past = {name: found["past_trained_length"] for name, found in results["methods"].items()}
+    ours, one = past["sinks + window"], past.get("1 sink + window")
+    if ours is not None and one is not None and settings["sinks"] > 1:
+        said = "One pinned token is enough" if one <= ours * 1.01 else "One pinned token is worse"
         lines.append(
-            f"{said}: {one:.3f} bits per byte with 1, {ours:.3f} with {settings['sinks']}. "
-            "The first token, BOS, is the sink."
+            f"{said}: {one:.3f} bits per byte past the trained length with 1, {ours:.3f} with "
+            f"{settings['sinks']}. The sink is BOS, the first token."
         )
-    lines.append(
-        f"The window alone is {past['window'] / ours - 1:+.0%} against sinks + window. "
-        "Neither remembers what has left the window: see the recall."
-    )
+    if ours is not None and settings["sinks"]:
+        lines.append(
+            f"The window alone needs {past['window'] / ours - 1:+.0%} against sinks + window. "
+            "Neither remembers what has left it: see the recall."
+        )
     growth = results["resident_growth_bytes"]
     if growth is not None:
         lines.append(

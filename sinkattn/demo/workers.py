@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import pathlib
+import threading
 
 import numpy as np
 
@@ -17,10 +18,16 @@ from sinkattn import get_num_threads, set_num_threads
 
 
 class Workers:
-    """Use as a context. count : how many rows or batches are worked on at a time."""
+    """Use as a context.
+
+    count : how many rows or batches are worked on at a time.
+    stopped : an Event that is set once something failed or Ctrl-C came; what the threads run looks
+        at it (by way of `Progress`) and gives up.
+    """
 
     def __init__(self):
         self.count, self._pool, self._undo = 1, None, contextlib.ExitStack()
+        self.stopped = threading.Event()
 
     def __enter__(self):
         blas = _openblas()
@@ -41,7 +48,11 @@ class Workers:
 
     def map(self, function, items):
         """[function(item) for item in items], in this order."""
-        return list((self._pool.map if self._pool else map)(function, items))
+        try:
+            return list((self._pool.map if self._pool else map)(function, items))
+        except BaseException:
+            self.stopped.set()
+            raise
 
     def split(self, rows):
         """Slices that share `rows` rows out evenly."""
