@@ -74,14 +74,14 @@ static bool is_cluster(const layout *l, int64_t units, int64_t splits)
     return power && (units * splits <= l->slots * 9 / 10 || (splits == 2 && units * splits <= l->slots));
 }
 
-/* Nanoseconds that a layout needs, from what was measured on an H200: a multiprocessor draws 70 bytes/ns and all of them together 4600; a CTA's
- * beginning and end take 3 us, meeting in a cluster 1 us, in scratch 3 us. Only the order of the results matters. */
+/* Nanoseconds that a layout needs, from what was measured on an H200: a multiprocessor draws 66 bytes/ns and all of them together 4600; a CTA's
+ * beginning and end take 3 us, meeting in a cluster 1 us, in scratch 4 us and with small CTAs 9. Only the order of the results matters. */
 static double cost_of(const layout *l, int64_t units, int64_t keys, int64_t key_bytes, int64_t splits)
 {
     const int64_t ctas = units * splits, running = min_i64(ctas, l->slots);
     const double waves = (double)ceil_div(ctas, l->slots), bytes = (double)ceil_div(keys, splits) * (double)key_bytes;
-    const double alone = bytes / 70.0 * (double)ceil_div(running * l->an_sm, l->slots), together = bytes * (double)(running + 2) / 4600.0;
-    const double meeting = splits == 1 ? 0.0 : is_cluster(l, units, splits) ? 1000.0 : 3000.0 + 10.0 * (double)splits;
+    const double alone = bytes / 66.0 * (double)ceil_div(running * l->an_sm, l->slots), together = bytes * (double)(running + 2) / 4600.0;
+    const double meeting = splits == 1 ? 0.0 : is_cluster(l, units, splits) ? 1000.0 : (l->an_sm == 1 ? 4000.0 : 9000.0) + 10.0 * (double)splits;
     return waves * ((alone > together ? alone : together) + 3000.0) + meeting;
 }
 
@@ -224,6 +224,24 @@ static bool reads_pieces(const sa_cuda_problem *p)
            tensor_in_pieces(&p->sink_key, p->depth, size) && tensor_in_pieces(&p->sink_value, p->depth_v, size);
 }
 
+/* What saves the kernels a look at several places. */
+static void summarise(sa_cuda_problem *p)
+{
+    const int64_t slots = p->pinned + p->cache.capacity;
+    const bool cached = p->cache.keys != NULL;
+    p->aligned = reads_pieces(p);
+    p->group = (int32_t)(p->heads_q / p->heads_kv);
+    p->apart = cached || p->window.given || p->sink_query.data != NULL || p->sink_bias.given;
+    p->common_window = cached ? min_i64(p->cache.window, SA_CUDA_NO_WINDOW) : SA_CUDA_NO_WINDOW;
+    if (!cached && p->window.given) {
+        const double width = p->window.value;
+        p->common_window = p->window.data != NULL ? 0 : width >= 1.0 && width < (double)SA_CUDA_NO_WINDOW ? (int64_t)width : SA_CUDA_NO_WINDOW;
+    }
+    p->held_key = cached ? (sa_cuda_tensor){p->cache.keys, p->heads_kv * slots * p->depth, slots * p->depth, p->depth} : p->key;
+    p->held_value = cached ? (sa_cuda_tensor){p->cache.values, p->heads_kv * slots * p->depth_v, slots * p->depth_v, p->depth_v} : p->value;
+    p->lean = p->query_length == 1 && p->sequences == 0 && p->common_window > 0 && p->dtype != SA_CUDA_F32;
+}
+
 int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan)
 {
     *plan = (sa_cuda_plan){.path = "none"};
@@ -231,9 +249,7 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     problem->clustered = problem->append = 0;
     problem->partial_offset = problem->state_offset = problem->row_tiles = 0;
     problem->lse_offset = problem->rotated_offset = -1;
-    problem->aligned = reads_pieces(problem);
-    problem->group = (int32_t)(problem->heads_q / problem->heads_kv);
-    problem->lean = problem->query_length == 1 && problem->sequences == 0 && problem->window.data == NULL && problem->dtype != SA_CUDA_F32;
+    summarise(problem);
     if (problem->batch == 0 || problem->query_length == 0) {
         return 0;
     }

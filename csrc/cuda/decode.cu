@@ -79,6 +79,7 @@ __device__ __forceinline__ void load_lean_queries(const sa_cuda_problem &p, cons
 __device__ __forceinline__ void load_token(const sa_cuda_problem &p, int64_t batch, int head, int first, int step, decode_shared &s)
 {
     const uint16_t *key = (const uint16_t *)element(p.key, batch, head, 0, 2), *value = (const uint16_t *)element(p.value, batch, head, 0, 2);
+#pragma unroll 1
     for (int d = first; d < 256; d += step) {
         s.new_key[d] = d < p.depth ? key[d] : 0;
         s.new_value[d] = d < p.depth_v ? value[d] : 0;
@@ -369,8 +370,8 @@ template <int depth> __device__ __forceinline__ void place_token(const decode_sh
 
 /* --- the end ---------------------------------------------------------------------------------------------------------------------- */
 
-/* The warps of a CTA become one: all learn the common maximum, leave their values on its scale in their own rings, and the values are added
- * up in the order of the warps, into the queries' place. The caller puts a barrier behind it. */
+/* The warps of a CTA become one: each leaves its state, and its values in its own ring; they are added up on the scale of the largest maximum in
+ * the order of the warps, into the queries' place. The caller puts a barrier behind it. Little code: it runs once, and cold. */
 template <int depth>
 __device__ __forceinline__ partial merge_warps(decode_shared &s, warp_state<depth> &state, char *rings, float *merged)
 {
@@ -378,53 +379,47 @@ __device__ __forceinline__ partial merge_warps(decode_shared &s, warp_state<dept
     float *merged_states = &s.turn[0][0][0]; /* no longer needed */
 #pragma unroll
     for (int half = 0; half < 2; half++) {
+        const int row = lane / 4 + 8 * half;
         float sum = state.sum[half];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
+        if (half == 1 && real <= 8) {
+            break;
+        }
         if (lane % 4 == 0) {
-            s.states[lane / 4 + 8 * half][0][warp] = state.maximum[half];
-            s.states[lane / 4 + 8 * half][1][warp] = sum;
+            s.states[row][0][warp] = state.maximum[half];
+            s.states[row][1][warp] = sum;
+        }
+        float *own = (float *)(rings + warp * shape<depth>::ring) + row * depth + lane % 4 * 2;
+        if (row < real) {
+#pragma unroll
+            for (int n = 0; n < depth / 8; n++) {
+                *(float2 *)(own + n * 8) = make_float2(state.values[n][2 * half], state.values[n][2 * half + 1]);
+            }
         }
     }
     __syncthreads();
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int row = lane / 4 + 8 * half;
-        if (row >= real) {
-            continue;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < real * (depth / 4); i += blockDim.x) {
+        const int row = i / (depth / 4);
+        float maximum = -infinity, sum = 0.0f;
+        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+        for (int w = 0; w < warps; w++) {
+            maximum = fmaxf(maximum, s.states[row][0][w]);
         }
-        float maximum = -infinity;
-#pragma unroll
-        for (int w = 0; w < SA_DECODE_WARPS; w++) {
-            maximum = fmaxf(maximum, w < warps ? s.states[row][0][w] : -infinity);
+#pragma unroll 2
+        for (int w = 0; w < warps; w++) {
+            const float4 own = ((const float4 *)(rings + w * shape<depth>::ring))[i];
+            const float factor = factor_to(s.states[row][0][w], maximum);
+            sum += factor * s.states[row][1][w];
+            total = make_float4(total.x + factor * own.x, total.y + factor * own.y, total.z + factor * own.z, total.w + factor * own.w);
         }
-        const float factor = factor_to(state.maximum[half], maximum);
-        float *own = (float *)(rings + warp * shape<depth>::ring) + row * depth + lane % 4 * 2;
-#pragma unroll
-        for (int n = 0; n < depth / 8; n++) {
-            *(float2 *)(own + n * 8) = make_float2(state.values[n][2 * half] * factor, state.values[n][2 * half + 1] * factor);
-        }
-        if (warp == 0 && lane % 4 == 0) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int w = 0; w < SA_DECODE_WARPS; w++) {
-                sum += w < warps ? factor_to(s.states[row][0][w], maximum) * s.states[row][1][w] : 0.0f;
-            }
+        ((float4 *)merged)[i] = total;
+        if (i % (depth / 4) == 0) {
             merged_states[2 * row] = maximum;
             merged_states[2 * row + 1] = sum;
         }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < real * (depth / 4); i += blockDim.x) {
-        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int w = 0; w < SA_DECODE_WARPS; w++) {
-            if (w < warps) {
-                const float4 own = ((const float4 *)(rings + w * shape<depth>::ring))[i];
-                total = make_float4(total.x + own.x, total.y + own.y, total.z + own.z, total.w + own.w);
-            }
-        }
-        ((float4 *)merged)[i] = total;
     }
     return {merged, merged_states, depth};
 }
@@ -489,6 +484,7 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
     const int split = (int)(blockIdx.x - unit * (uint32_t)p.splits);
     char *ring = rings + warp * shape<depth>::ring;
     if (p.depth < depth || p.depth_v < depth) { /* what no load fills must be zero */
+#pragma unroll 1
         for (int i = lane; i < shape<depth>::ring / 16; i += 32) {
             ((uint4 *)ring)[i] = make_uint4(0, 0, 0, 0);
         }
@@ -530,6 +526,7 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
     if (load.slice < end) {
         load.enter(s.t);
     }
+#pragma unroll 1
     for (int i = 0; i < SA_DECODE_STAGES - 1; i++) {
         if (load.slice < end) {
             load_slice<depth>(p, s, load, ring + i * shape<depth>::stage, policy);

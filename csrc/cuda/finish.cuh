@@ -64,34 +64,37 @@ template <typename T, int row_limit>
 __device__ __forceinline__ void finish_cluster(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part, int rank)
 {
     cluster_arrive();
-    const int splits = p.splits, width = (int)p.depth_v, outputs = t.real * width, each = (outputs + splits - 1) / splits;
+    const int splits = p.splits, width = (int)p.depth_v, pairs = (width + 1) / 2, outputs = t.real * pairs, each = (outputs + splits - 1) / splits;
     const int end = (rank + 1) * each < outputs ? (rank + 1) * each : outputs;
     const uint32_t values = shared_address(part.values), states = shared_address(part.states);
     cluster_wait();
 #pragma unroll 1
     for (int i = rank * each + threadIdx.x; i < end; i += blockDim.x) {
-        const int row = i / width, d = i % width;
-        float maxima[SA_DECODE_CLUSTER], sums[SA_DECODE_CLUSTER], parts[SA_DECODE_CLUSTER];
+        const int row = i / pairs, d = i % pairs * 2;
+        float2 other[SA_DECODE_CLUSTER], parts[SA_DECODE_CLUSTER];
 #pragma unroll
         for (int split = 0; split < SA_DECODE_CLUSTER; split++) {
             const int from = split < splits ? split : rank;
-            maxima[split] = cluster_load(cluster_address(states + 8 * row, from));
-            sums[split] = cluster_load(cluster_address(states + 8 * row + 4, from));
-            parts[split] = cluster_load(cluster_address(values + 4 * (row * part.stride + d), from));
+            other[split] = cluster_load_pair(cluster_address(states + 8 * row, from));
+            parts[split] = cluster_load_pair(cluster_address(values + 4 * (row * part.stride + d), from));
         }
-        float maximum = -infinity, sum = 0.0f, total = 0.0f;
+        float maximum = -infinity, sum = 0.0f, first = 0.0f, second = 0.0f;
 #pragma unroll
         for (int split = 0; split < SA_DECODE_CLUSTER; split++) {
-            maximum = fmaxf(maximum, maxima[split]);
+            maximum = fmaxf(maximum, other[split].x);
         }
 #pragma unroll
         for (int split = 0; split < SA_DECODE_CLUSTER; split++) {
-            const float factor = factor_to(maxima[split], maximum);
-            sum += split < splits ? factor * sums[split] : 0.0f;
-            total += split < splits ? factor * parts[split] : 0.0f;
+            const float factor = split < splits ? factor_to(other[split].x, maximum) : 0.0f;
+            sum += split < splits ? factor * other[split].y : 0.0f;
+            first += split < splits ? factor * parts[split].x : 0.0f;
+            second += split < splits ? factor * parts[split].y : 0.0f;
         }
         const softmax_end end_of_row = close(maximum, sum, t.sink[row]);
-        store_output<T>(p, t, row, d, total * end_of_row.factor);
+        store_output<T>(p, t, row, d, first * end_of_row.factor);
+        if (d + 1 < width) {
+            store_output<T>(p, t, row, d + 1, second * end_of_row.factor);
+        }
         if (d == 0) {
             store_lse(p, t, row, end_of_row.lse);
         }

@@ -100,6 +100,10 @@ typedef struct sa_cuda_problem {
     int32_t aligned;         /* every row of key, value, cache and learned rows is read in 16-byte pieces */
     int32_t lean;            /* one query a row and one window for all: every head sees the same keys */
     int32_t group;           /* query heads of a kv head */
+    int32_t apart;           /* pinned keys are treated otherwise than the others */
+    int32_t reserved;
+    int64_t common_window;   /* of all heads, as the kernels count it; 0: it differs or is on the device */
+    sa_cuda_tensor held_key, held_value; /* where a row's keys lie: the call's tensors, or the cache */
 } sa_cuda_problem;
 
 /* Tiles, known to choose.c and to the kernels. A row of a tile is one query of one head of a group. A slice is what a warp of the decode
@@ -124,6 +128,8 @@ enum {
 #define SA_DECODE_SLICE(depth) ((depth) == 64 ? 32 : 16) /* keys; depth: 64, 128 or 256 */
 #define SA_PREFILL_KEYS(depth) ((depth) == 256 ? 32 : 64)
 
+#define SA_CUDA_NO_WINDOW (INT64_MAX / 4)
+
 /* Dynamic shared memory: what is known of the rows of a tile, then queries, keys and values. The decode kernel's rings come on top. */
 #define SA_ROWS_SHARED 4096
 #define SA_DECODE_ROWS_SHARED 6144
@@ -146,6 +152,6 @@ SA_CUDA_ASSERT(offsetof(sa_cuda_problem, sink_logits) == 224, "layout of sa_cuda
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, cache) == 584, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, batch) == 688, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, scratch) == 816, "layout of sa_cuda_problem");
-SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 896, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 976, "layout of sa_cuda_problem");
 
 #endif

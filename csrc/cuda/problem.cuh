@@ -10,7 +10,7 @@
 
 namespace sa {
 
-constexpr int64_t no_window = INT64_MAX / 4;
+constexpr int64_t no_window = SA_CUDA_NO_WINDOW;
 
 __device__ __forceinline__ int64_t least(int64_t a, int64_t b)
 {
@@ -67,10 +67,10 @@ __device__ __forceinline__ int64_t integer_at(const sa_cuda_numbers &numbers, in
 
 __device__ __forceinline__ int64_t window_of(const sa_cuda_problem &p, int64_t head)
 {
-    if (p.cache.keys != nullptr) {
-        return p.cache.window;
+    if (p.common_window > 0) {
+        return p.common_window;
     }
-    const int64_t width = p.window.given ? integer_at(p.window, head) : 0;
+    const int64_t width = integer_at(p.window, head);
     return width <= 0 ? no_window : least(width, no_window);
 }
 
@@ -238,8 +238,7 @@ __device__ __forceinline__ span cache_span(const sa_cuda_problem &p, const place
 __device__ __forceinline__ span plain_span(const sa_cuda_problem &p, const place &at, int index)
 {
     /* Without a window, and with nothing that treats them apart, pinned keys are keys like the others. */
-    const bool apart = p.window.given || p.sink_query.data != nullptr || p.sink_bias.given;
-    const int64_t pinned = apart ? least(p.pinned, at.key_count) : 0;
+    const int64_t pinned = p.apart ? least(p.pinned, at.key_count) : 0;
     return index == 1 ? span{at.key_begin, pinned, 0, run_pinned, 0}
                       : span{at.key_begin + pinned, index == 2 ? at.key_count - pinned : 0, pinned, run_plain, 0};
 }
@@ -250,11 +249,10 @@ __device__ __forceinline__ run run_of(const sa_cuda_problem &p, const place &at,
     const int size = element_size(p);
     const bool cached = p.cache.keys != nullptr;
     const span s = index == 0 ? span{0, p.learned, 0, run_learned, 2} : cached ? cache_span(p, at, index) : plain_span(p, at, index);
-    const int64_t slots = p.pinned + p.cache.capacity;
     sa_cuda_tensor key = key_tensor(p), value = p.value;
     if (s.source == 1) {
-        key = {p.cache.keys, p.heads_kv * slots * p.depth, slots * p.depth, p.depth};
-        value = {p.cache.values, p.heads_kv * slots * p.depth_v, slots * p.depth_v, p.depth_v};
+        key = p.held_key;
+        value = p.held_value;
     } else if (s.source == 2) {
         key = p.sink_key;
         value = p.sink_value;
@@ -385,11 +383,11 @@ template <int row_limit> __device__ __forceinline__ void fill_tile(const sa_cuda
             window_high = least(window_high, -window);
         }
     }
-    if (p.window.data != nullptr) {
+    if (p.common_window == 0) {
         window_low = reduce_least(window_low);
         window_high = reduce_least(window_high);
     } else {
-        window_low = window_of(p, 0);
+        window_low = p.common_window;
         window_high = -window_low;
     }
     window_high = -window_high;
@@ -420,41 +418,47 @@ template <int row_limit> __device__ __forceinline__ void fill_tile(const sa_cuda
     }
 }
 
-/* Run `index` of a kv head where the row has one query: only the keys that it sees, so that nothing is left to compare. */
-__device__ __forceinline__ run lean_run(const sa_cuda_problem &p, const place &at, int64_t head, int64_t window, int index)
+/* Run `index` of a kv head where the row has one query: only the keys that it sees, so that nothing is left to compare. Every instruction here
+ * runs cold, once, before the first key is asked for. */
+__device__ __forceinline__ run lean_run(const sa_cuda_problem &p, const place &at, int64_t head, int index)
 {
-    int64_t first = 0, count = index == 0 ? p.learned : 0, position = 0;
-    int kind = index == 0 ? run_learned : index == 1 ? run_pinned : run_plain;
-    sa_cuda_tensor key = p.sink_key, value = p.sink_value;
+    int64_t first = 0, count, position;
+    int64_t pinned = p.apart ? p.pinned : 0;
+    sa_cuda_tensor key = p.held_key, value = p.held_value;
+    int64_t batch = at.batch;
+    int kind = index == 1 ? run_pinned : run_plain;
     bool raw = false;
     if (p.cache.keys != nullptr) {
-        const int64_t slots = p.pinned + p.cache.capacity;
-        const int64_t oldest = most(at.low, at.length - window + 1), held = most(at.length - oldest, 0);
-        const int64_t slot = ring_slot(p, most(oldest, p.pinned)), to_end = least(held, slots - slot);
-        first = index == 2 ? slot : index == 3 ? p.pinned : first;
-        count = index == 1 ? least(p.pinned, at.length) : index == 2 ? to_end : index == 3 ? held - to_end : count;
-        position = index == 2 ? oldest : index == 3 ? oldest + to_end : position;
-        if (index >= 1 && index <= 3) {
-            key = {p.cache.keys, p.heads_kv * slots * p.depth, slots * p.depth, p.depth};
-            value = {p.cache.values, p.heads_kv * slots * p.depth_v, slots * p.depth_v, p.depth_v};
-        } else if (index == 4) {
-            key = key_tensor(p);
-            value = p.value;
+        const int64_t oldest = most(at.low, at.length - p.common_window + 1), held = most(at.length - oldest, 0);
+        const int64_t slot = ring_slot(p, most(oldest, p.pinned)), to_end = least(held, p.pinned + p.cache.capacity - slot);
+        first = index == 1 ? 0 : index == 2 ? slot : p.pinned;
+        count = index == 1 ? least(pinned, at.length) : index == 2 ? to_end : held - to_end;
+        position = index == 1 ? 0 : index == 2 ? oldest : oldest + to_end;
+        if (index == 4) {
+            first = 0;
             count = at.query_count;
             position = at.length;
             kind = at.length < p.pinned ? run_pinned : run_plain;
             raw = p.append;
         }
-    } else if (index > 0) {
-        const bool apart = p.window.given || p.sink_query.data != nullptr || p.sink_bias.given;
-        const int64_t pinned = apart ? least(p.pinned, at.key_count) : 0, oldest = most(pinned, at.key_count - window);
-        key = p.key;
-        value = p.value;
-        position = index == 1 ? 0 : oldest;
+        if (!p.append && index == 4) {
+            key = key_tensor(p);
+            value = p.value;
+        }
+    } else {
+        pinned = least(pinned, at.key_count);
+        position = index == 1 ? 0 : most(pinned, at.key_count - p.common_window);
         first = at.key_begin + position;
-        count = index == 1 ? pinned : index == 2 ? at.key_count - oldest : 0;
+        count = index == 1 ? pinned : index == 2 ? at.key_count - position : 0;
     }
-    const int64_t batch = index == 0 ? 0 : at.batch;
+    if (p.learned > 0 && index == 0) {
+        key = p.sink_key;
+        value = p.sink_value;
+        batch = first = position = 0;
+        count = p.learned;
+        kind = run_learned;
+    }
+    count = index > 4 || (index == 0 && p.learned == 0) ? 0 : count;
     return {element(key, batch, head, first, 2), element(value, batch, head, first, 2), key.token * 2, value.token * 2, count, position, kind, raw};
 }
 
@@ -464,9 +468,8 @@ __device__ __forceinline__ void fill_lean_tile(const sa_cuda_problem &p, int64_t
 {
     const int lane = threadIdx.x % 32, group = p.group;
     const place at = batch_row(p, row);
-    const int64_t window = window_of(p, 0);
     const int rows = group - first_row < row_limit ? group - first_row : row_limit, real = at.query_count > 0 ? rows : 0;
-    const run own = lean_run(p, at, head, window, lane);
+    const run own = lean_run(p, at, head, lane);
     const int place = fill_runs(own, t.list);
     int slices = real == 0 ? 0 : (int)((uint64_t)(own.count + slice - 1) / (unsigned)slice);
     for (int step = 1; step < 8; step *= 2) {
@@ -481,7 +484,7 @@ __device__ __forceinline__ void fill_lean_tile(const sa_cuda_problem &p, int64_t
         t.token[lane] = 0;
         t.head[lane] = head * group + first_row + lane;
         t.position[lane] = at.position;
-        t.window[lane] = window;
+        t.window[lane] = p.common_window;
         if (p.alibi_slopes.given) {
             t.slope[lane] = number_at(p.alibi_slopes, row, t.head[lane]) * log2e;
         }

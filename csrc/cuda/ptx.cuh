@@ -180,10 +180,10 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t r
     return there;
 }
 
-__device__ __forceinline__ float cluster_load(uint32_t address)
+__device__ __forceinline__ float2 cluster_load_pair(uint32_t address)
 {
-    float x;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+    float2 x;
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
     return x;
 }
 #else
@@ -209,9 +209,9 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t)
     return address;
 }
 
-__device__ __forceinline__ float cluster_load(uint32_t)
+__device__ __forceinline__ float2 cluster_load_pair(uint32_t)
 {
-    return 0.0f;
+    return {0.0f, 0.0f};
 }
 #endif
 
