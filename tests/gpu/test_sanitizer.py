@@ -57,9 +57,9 @@ attend(cupy.zeros((1, 1, 1, 64), np.float32), k, k)
 """,
     "racecheck": """
 cupy.RawKernel(r'''extern "C" __global__ void planted(int *out) {
-    __shared__ int cell[1];
-    cell[0] = threadIdx.x;
-    out[threadIdx.x] = cell[0];
+    __shared__ volatile int cells[128];  // without volatile the compiler drops the race
+    cells[threadIdx.x] = threadIdx.x;
+    out[threadIdx.x] = cells[127 - threadIdx.x];
 }''', "planted")((1,), (128,), (cupy.zeros(128, np.int32),))
 """,
     "synccheck": """
