@@ -62,7 +62,7 @@ static int64_t units_of(const sa_cuda_problem *p, const outline *o, int64_t tile
 typedef struct layout {
     int64_t slots;   /* CTAs that run at a time */
     int64_t an_sm;   /* of them on one multiprocessor */
-    int64_t cluster; /* up to so many splits meet in a cluster; 1: none do */
+    int64_t cluster; /* up to so many splits meet in a cluster */
     int64_t most;    /* splits */
 } layout;
 
@@ -140,8 +140,9 @@ static bool plan_decode(sa_cuda_problem *p, const sa_cuda_device *device, const 
     const int64_t warps_fit = clamp_i64((device->shared_limit - fixed) / a_warp, 1, SA_DECODE_WARPS);
     const int64_t half = min_i64(warps_fit, SA_DECODE_WARPS / 2), most = clamp_i64(o->keys / (8 * slice), 1, 128);
     const bool two = half < warps_fit && 2 * (half * a_warp + fixed + 1024) <= device->shared_limit + 1024;
-    const layout large = {device->multiprocessors, 1, min_i64(device->cluster_limit, SA_DECODE_CLUSTER), most};
-    const layout small = {2 * device->multiprocessors, 2, 1, most};
+    const int64_t cluster = device->capability == 90 ? min_i64(device->cluster_limit, SA_DECODE_CLUSTER) : 0;
+    const layout large = {device->multiprocessors, 1, cluster, most};
+    const layout small = {2 * device->multiprocessors, 2, 0, most};
     double cost, other_cost = HUGE_VAL;
     int64_t warps = warps_fit;
     p->splits = (int32_t)splits_of(&large, units, o->keys, o->key_bytes, &cost);
@@ -165,7 +166,7 @@ static bool plan_decode(sa_cuda_problem *p, const sa_cuda_device *device, const 
 static bool plan_f32(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
 {
     const int64_t units = units_of(p, o, SA_F32_ROWS);
-    const layout each = {2 * device->multiprocessors, 2, 1, clamp_i64(o->keys / 128, 1, 128)};
+    const layout each = {2 * device->multiprocessors, 2, 0, clamp_i64(o->keys / 128, 1, 128)};
     double cost;
     p->splits = (int32_t)splits_of(&each, units, o->keys, o->key_bytes, &cost);
     p->row_tiles = tiles_of(p, o, SA_F32_ROWS);

@@ -86,21 +86,16 @@ __device__ __forceinline__ void load_token(const sa_cuda_problem &p, int64_t bat
     }
 }
 
-/* The pair whose turn a thread computes; its frequency is asked for early. */
-__device__ __forceinline__ double load_frequency(const sa_cuda_problem &p)
-{
-    const int pairs = (int)p.cache.pairs, i = threadIdx.x;
-    return i < 2 * pairs ? p.cache.inv_freq[i < pairs ? i : i - pairs] : 0.0;
-}
-
-__device__ __forceinline__ void fill_turns(const sa_cuda_problem &p, decode_shared &s, double frequency)
+/* The turns of a step: threads first, first + step, .. */
+__device__ __forceinline__ void fill_turns(const sa_cuda_problem &p, int64_t row, int first, int step, decode_shared &s)
 {
     const int pairs = (int)p.cache.pairs;
-    for (int i = threadIdx.x; i < 2 * pairs; i += blockDim.x) {
+    const int64_t position = clamp(p.cache.lengths[row], 0, INT64_MAX / 2), pinned = pinned_turn(p, position);
+    const float factor = p.cache.applied ? 1.0f : (float)p.cache.scaling;
+#pragma unroll 1
+    for (int i = first; i < 2 * pairs; i += step) {
         const int kind = i >= pairs, pair = i - kind * pairs;
-        const int64_t position = kind ? pinned_turn(p, s.t.at.position) : s.t.at.position;
-        rotation(i < blockDim.x ? frequency : p.cache.inv_freq[pair], position, p.cache.applied ? 1.0f : (float)p.cache.scaling,
-                 s.turn[kind][0][pair], s.turn[kind][1][pair]);
+        rotation(p.cache.inv_freq[pair], kind ? pinned : position, factor, s.turn[kind][0][pair], s.turn[kind][1][pair]);
     }
 }
 
@@ -490,7 +485,6 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
         }
     }
     const bool turns = rotates_inside(p);
-    const double frequency = turns ? load_frequency(p) : 0.0;
     if (p.lean) {
         /* One warp finds the keys while the others fetch the queries. */
         const uint32_t tiles = (uint32_t)p.row_tiles, heads = (uint32_t)p.heads_kv, group = (uint32_t)p.group;
@@ -509,6 +503,9 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
             }
             if (p.append) {
                 load_token(p, row, (int)head, first, step, s);
+            }
+            if (turns) {
+                fill_turns(p, row, first, step, s);
             }
             if (first < rows) {
                 s.t.sink[first] = sink_of(p, first_head + first);
@@ -551,8 +548,6 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
         __syncthreads();
     }
     if (turns) {
-        fill_turns(p, s, frequency);
-        __syncthreads();
         turn_all<T, depth>(p, s, queries);
         __syncthreads();
     }

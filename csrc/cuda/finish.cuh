@@ -1,4 +1,4 @@
-/* How a tile ends: alone, in a cluster, or in scratch where splits meet. Every sum is taken in the order of the splits. */
+/* How a tile ends: alone, in a cluster, or in scratch where splits meet. Every sum has a fixed order. */
 #ifndef SA_CUDA_FINISH_CUH
 #define SA_CUDA_FINISH_CUH
 
@@ -58,45 +58,46 @@ template <typename T, int row_limit> __device__ void finish_alone(const sa_cuda_
     }
 }
 
-/* The splits are the CTAs of a cluster: each finishes a share of the outputs from everybody's shared memory. All that a thread needs is
- * asked for at once. Needs no barrier before it. */
+/* The splits are the CTAs of a cluster: each finishes a share of the outputs from everybody's shared memory. Eight lanes share two outputs, a
+ * split each, so that every thread asks for one state and one pair of values. Needs no barrier before it. */
 template <typename T, int row_limit>
 __device__ __forceinline__ void finish_cluster(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part, int rank)
 {
+    static_assert(SA_DECODE_CLUSTER == 8, "eight lanes");
     cluster_arrive();
     const int splits = p.splits, width = (int)p.depth_v, pairs = (width + 1) / 2, outputs = t.real * pairs, each = (outputs + splits - 1) / splits;
-    const int end = (rank + 1) * each < outputs ? (rank + 1) * each : outputs;
-    const uint32_t values = shared_address(part.values), states = shared_address(part.states);
+    const int end = (rank + 1) * each < outputs ? (rank + 1) * each : outputs, split = threadIdx.x % 8;
     cluster_wait();
 #pragma unroll 1
-    for (int i = rank * each + threadIdx.x; i < end; i += blockDim.x) {
-        const int row = i / pairs, d = i % pairs * 2;
-        float2 other[SA_DECODE_CLUSTER], parts[SA_DECODE_CLUSTER];
-#pragma unroll
-        for (int split = 0; split < SA_DECODE_CLUSTER; split++) {
-            const int from = split < splits ? split : rank;
-            other[split] = cluster_load_pair(cluster_address(states + 8 * row, from));
-            parts[split] = cluster_load_pair(cluster_address(values + 4 * (row * part.stride + d), from));
+    for (int first = rank * each + threadIdx.x / 32 * 4; first < end; first += blockDim.x / 8) {
+        const int i = first + threadIdx.x % 32 / 8, row = i / pairs, d = i % pairs * 2;
+        float2 state = {-infinity, 0.0f}, values = {0.0f, 0.0f};
+        if (i < end && split < splits) {
+            state = cluster_load_pair(cluster_address(shared_address(part.states + 2 * row), split));
+            values = cluster_load_pair(cluster_address(shared_address(part.values + row * part.stride + d), split));
         }
-        float maximum = -infinity, sum = 0.0f, first = 0.0f, second = 0.0f;
-#pragma unroll
-        for (int split = 0; split < SA_DECODE_CLUSTER; split++) {
-            maximum = fmaxf(maximum, other[split].x);
+        float maximum = state.x;
+        for (int step = 1; step < 8; step *= 2) {
+            maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
         }
-#pragma unroll
-        for (int split = 0; split < SA_DECODE_CLUSTER; split++) {
-            const float factor = split < splits ? factor_to(other[split].x, maximum) : 0.0f;
-            sum += split < splits ? factor * other[split].y : 0.0f;
-            first += split < splits ? factor * parts[split].x : 0.0f;
-            second += split < splits ? factor * parts[split].y : 0.0f;
+        const float factor = factor_to(state.x, maximum);
+        state.y *= factor;
+        values = {values.x * factor, values.y * factor};
+#pragma unroll 1
+        for (int step = 1; step < 8; step *= 2) {
+            state.y += __shfl_xor_sync(~0u, state.y, step);
+            values.x += __shfl_xor_sync(~0u, values.x, step);
+            values.y += __shfl_xor_sync(~0u, values.y, step);
         }
-        const softmax_end end_of_row = close(maximum, sum, t.sink[row]);
-        store_output<T>(p, t, row, d, first * end_of_row.factor);
-        if (d + 1 < width) {
-            store_output<T>(p, t, row, d + 1, second * end_of_row.factor);
-        }
-        if (d == 0) {
-            store_lse(p, t, row, end_of_row.lse);
+        if (i < end && split == 0) {
+            const softmax_end end_of_row = close(maximum, state.y, t.sink[row]);
+            store_output<T>(p, t, row, d, values.x * end_of_row.factor);
+            if (d + 1 < width) {
+                store_output<T>(p, t, row, d + 1, values.y * end_of_row.factor);
+            }
+            if (d == 0) {
+                store_lse(p, t, row, end_of_row.lse);
+            }
         }
     }
     cluster_arrive_relaxed(); /* nobody leaves while others read */
@@ -181,7 +182,7 @@ __device__ void finish_scratch(const sa_cuda_problem &p, tile<row_limit> &t, con
         }
     }
     __syncthreads();
-    if (width % 4 == 0 && t.real * width <= 4 * (int)blockDim.x) {
+    if (width % 4 == 0 && t.real > 0 && t.real * width <= 4 * (int)blockDim.x) {
         add_splits<T>(p, t, part, values, factors, ends);
         return;
     }

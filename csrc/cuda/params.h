@@ -131,7 +131,7 @@ enum {
 #define SA_CUDA_NO_WINDOW (INT64_MAX / 4)
 
 /* Dynamic shared memory: what is known of the rows of a tile, then queries, keys and values. The decode kernel's rings come on top. */
-#define SA_ROWS_SHARED 4096
+#define SA_ROWS_SHARED 3072
 #define SA_DECODE_ROWS_SHARED 6144
 #define SA_DECODE_SHARED(depth) (SA_DECODE_ROWS_SHARED + 2 * SA_DECODE_ROWS * (depth) * 2)
 #define SA_F32_SHARED(depth) (SA_ROWS_SHARED + 4 * ((SA_F32_ROWS + 2 * SA_F32_KEYS) * ((depth) + 4) + SA_F32_ROWS * (SA_F32_KEYS + 4)))

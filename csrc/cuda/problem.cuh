@@ -426,30 +426,30 @@ __device__ __forceinline__ run lean_run(const sa_cuda_problem &p, const place &a
     int64_t pinned = p.apart ? p.pinned : 0;
     sa_cuda_tensor key = p.held_key, value = p.held_value;
     int64_t batch = at.batch;
-    int kind = index == 1 ? run_pinned : run_plain;
+    int kind = index == 2 ? run_pinned : run_plain;
     bool raw = false;
     if (p.cache.keys != nullptr) {
         const int64_t oldest = most(at.low, at.length - p.common_window + 1), held = most(at.length - oldest, 0);
         const int64_t slot = ring_slot(p, most(oldest, p.pinned)), to_end = least(held, p.pinned + p.cache.capacity - slot);
-        first = index == 1 ? 0 : index == 2 ? slot : p.pinned;
-        count = index == 1 ? least(pinned, at.length) : index == 2 ? to_end : held - to_end;
-        position = index == 1 ? 0 : index == 2 ? oldest : oldest + to_end;
-        if (index == 4) {
+        first = index == 2 ? 0 : index == 3 ? slot : p.pinned;
+        count = index == 2 ? least(pinned, at.length) : index == 3 ? to_end : held - to_end;
+        position = index == 2 ? 0 : index == 3 ? oldest : oldest + to_end;
+        if (index == 1) { /* the token comes first: while its scores are masked, the others are still on their way */
             first = 0;
             count = at.query_count;
             position = at.length;
             kind = at.length < p.pinned ? run_pinned : run_plain;
             raw = p.append;
         }
-        if (!p.append && index == 4) {
+        if (!p.append && index == 1) {
             key = key_tensor(p);
             value = p.value;
         }
     } else {
         pinned = least(pinned, at.key_count);
-        position = index == 1 ? 0 : most(pinned, at.key_count - p.common_window);
+        position = index == 2 ? 0 : most(pinned, at.key_count - p.common_window);
         first = at.key_begin + position;
-        count = index == 1 ? pinned : index == 2 ? at.key_count - position : 0;
+        count = index == 2 ? pinned : index == 3 ? at.key_count - position : 0;
     }
     if (p.learned > 0 && index == 0) {
         key = p.sink_key;
