@@ -5,6 +5,7 @@ SINKATTN_SANITIZE=...  for example address,undefined
 SINKATTN_DEBUG=1       -O1 -g, assertions on
 SINKATTN_COVERAGE=1    gcov counters
 SINKATTN_CANARY=1      with mistakes that a sanitizer or valgrind must catch
+SINKATTN_CUDA=...      auto, 1 or 0; csrc/cuda/nvcc.py has the rest
 """
 
 import os
@@ -23,6 +24,9 @@ if sys.platform == "win32":
     sys.exit("sinkattn does not build on Windows: its thread pool needs POSIX threads.")
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc/cuda"))
+import nvcc
+
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 # Kernel source -> flags, and what the compiler then defines; left out where it does not.
@@ -96,7 +100,10 @@ class BuildExt(build_ext):
         sources = [Path(s) for s in ext.sources
                    if Path(s).name not in ISA_FLAGS or Path(s).name in kernels]
         includes = [f"-I{d}" for d in [*self.include_dirs]] + ["-isystem", numpy.get_include()]
-        flags = [*common_flags(), *have, *includes]
+        images, line = nvcc.prepare(self.build_temp)
+        print(line, file=sys.stderr)
+        flags = [*common_flags(), *have, *includes, f"-I{images}"]
+        newest_image = max(p.stat().st_mtime for p in images.glob("*.h"))
         newest = max(p.stat().st_mtime for p in [*ROOT.glob("csrc/**/*.h"), ROOT / "setup.py"])
 
         def compile_one(source):
@@ -105,8 +112,11 @@ class BuildExt(build_ext):
             command = [*compiler, *flags, *kernels.get(source.name, []), "-c", str(source),
                        "-o", str(target)]
             stamp = target.with_suffix(".command")
+            since = [newest, source.stat().st_mtime]
+            if source.parent.name == "cuda":
+                since.append(newest_image)
             current = (target.exists() and stamp.exists() and stamp.read_text() == str(command)
-                       and target.stat().st_mtime > max(newest, source.stat().st_mtime))
+                       and target.stat().st_mtime > max(since))
             if not current:
                 subprocess.run(command, check=True)
                 stamp.write_text(str(command))
@@ -116,10 +126,13 @@ class BuildExt(build_ext):
             objects = list(pool.map(compile_one, sources))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, str(target), libraries=["m"],
+        libraries = ["m", "dl"] if sys.platform.startswith("linux") else ["m"]
+        needed = ["-Wl,--as-needed"] if sys.platform.startswith("linux") else []
+        self.compiler.link_shared_object(objects, str(target), libraries=libraries,
+                                         extra_preargs=needed,
                                          extra_postargs=["-pthread", *instrument_flags()])
 
 
-sources = sorted(str(p.relative_to(ROOT)) for folder in ("core", "cpu", "python")
-                 for p in ROOT.glob(f"csrc/{folder}/*.c"))
+sources = sorted(str(p.relative_to(ROOT)) for folder in ("core", "cpu", "cuda", "python")
+                 for p in ROOT.glob(f"csrc/{folder}/*.[cS]"))
 setup(ext_modules=[Extension("sinkattn._core", sources)], cmdclass={"build_ext": BuildExt})

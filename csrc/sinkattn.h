@@ -26,17 +26,27 @@ typedef struct sa_tensor {
     bool readonly;
 } sa_tensor;
 
-/* Small auxiliary arrays, already cast and dense (C order). data NULL: not given. rank 0: one number for all. */
+/* An auxiliary array that lies on a device, as it is: its dtype, any strides. The host never reads it. */
+typedef struct sa_device_numbers {
+    const void *data; /* NULL: the array is on the host */
+    int64_t stride[4];
+    int type; /* SA_NUMBER_* of cuda/params.h */
+} sa_device_numbers;
+
+/* Small auxiliary arrays. data NULL: not given. rank 0: one number for all. On the host they are already cast and dense (C order); with
+ * device.data set, data is not NULL and not to be read. */
 typedef struct sa_floats {
     const float *data;
     int64_t shape[4];
     int rank;
+    sa_device_numbers device;
 } sa_floats;
 
 typedef struct sa_ints {
     const int64_t *data;
     int64_t shape[4];
     int rank;
+    sa_device_numbers device;
 } sa_ints;
 
 typedef enum sa_mass_reduce { SA_MASS_SUM, SA_MASS_MAX } sa_mass_reduce;
@@ -44,6 +54,8 @@ typedef enum sa_mass_reduce { SA_MASS_SUM, SA_MASS_MAX } sa_mass_reduce;
 /* One attention problem. A tensor of rank 0, or an array with data NULL, switches its feature off. */
 typedef struct sa_attend_params {
     const char *function;     /* name in messages: "attend", "SinkCache.attend" */
+    bool on_cuda;             /* tensors and results are on CUDA device `device`; else all is on the host */
+    int device;
     sa_tensor query;          /* [batch, heads_q, query_length, depth] */
     sa_tensor key;            /* [batch, heads_kv, kv_length, depth] */
     sa_tensor value;          /* [batch, heads_kv, kv_length, depth_v] */

@@ -1,6 +1,7 @@
 """SinkCache: a stream in bounded memory."""
 
 import operator
+import sys
 
 import numpy as np
 
@@ -29,6 +30,28 @@ def _integer(name, value):
             f"SinkCache(): {name} is {type(value).__name__}, expected an int") from None
 
 
+def _cuda_ordinal(device):
+    """The number of a CUDA device, None for the CPU."""
+    kind, _, number = str(device).partition(":")
+    if kind == "cpu":
+        return None
+    if kind != "cuda" or not (number.isdecimal() or str(device) == "cuda"):
+        raise NotImplementedError(
+            f"SinkCache(): device is {device!s}; the backends are: cpu, cuda (cuda:0, ...)")
+    if number:
+        return int(number)
+    torch = sys.modules.get("torch")
+    return torch.cuda.current_device() if torch and torch.cuda.is_available() else 0
+
+
+def _cuda_memory(size, ordinal):
+    """From torch's allocator; None, which asks the driver, where there is no torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return torch.empty(size, dtype=torch.uint8, device=f"cuda:{ordinal}")
+
+
 class SinkCache:
     """Pinned sink tokens and a ring of the last `window` tokens, attended in place.
 
@@ -37,7 +60,11 @@ class SinkCache:
     window : int >= 1, the token itself included: position t sees {j < sinks} and
         {t - window < j <= t}.
     dtype : "float32", "float16" or "bfloat16" (or the dtype object), of all that is passed in.
-    device : "cpu".
+    device : "cpu", "cuda" or "cuda:1". On CUDA the lengths live on the device, so that a captured
+        call replays; reading `length` or `kept()`, `crop` and `state_dict` wait for the stream.
+    storage : CUDA array that the cache shall live in: `nbytes`, 8 for each frequency of the rope,
+        68 for each row and kv head, and 2 KiB. Default: from torch's allocator if torch is
+        imported, else from the driver.
     rope : Rope or None. applied=False: q and k arrive raw and the cache turns them, with angles
         in float64; applied=True: they arrive turned to their absolute position.
     positions : "slot" counts distances to the pinned tokens in slots of the cache, as StreamingLLM
@@ -59,10 +86,11 @@ class SinkCache:
     """
 
     def __init__(self, batch, kv_heads, head_dim, *, v_head_dim=None, sinks=4, window=1020,
-                 dtype="float32", device="cpu", rope=None, positions="slot", rollback=0):
-        if str(device) != "cpu":
-            raise NotImplementedError(
-                f"SinkCache(): device is {device!s}; the backends of this version are: cpu")
+                 dtype="float32", device="cpu", rope=None, positions="slot", rollback=0,
+                 storage=None):
+        self._ordinal = _cuda_ordinal(device)
+        if storage is not None and self._ordinal is None:
+            raise ValueError("SinkCache(): storage is for CUDA, expected None on the CPU")
         if positions not in ("slot", "original"):
             raise ValueError(
                 f"SinkCache(): positions is {positions!r}, expected 'slot' or 'original'")
@@ -77,15 +105,22 @@ class SinkCache:
         for name, value in self._numbers.items():
             if not -2**63 <= value < 2**63:
                 raise ValueError(f"SinkCache(): {name} does not fit 64 bits")
-        self._core = self._make()
+        self._core = self._make(storage)
 
-    def _make(self):
+    def _make(self, storage):
         rope = self._rope
         inv_freq = b"" if rope is None else rope.inv_freq.tobytes()
-        return _core.Cache(*self._numbers.values(), self._dtype, inv_freq,
-                           1.0 if rope is None else rope.attention_scaling,
-                           rope is not None and rope.interleaved, rope is not None and rope.applied,
-                           self._positions == "slot")
+        arguments = (*self._numbers.values(), self._dtype, inv_freq,
+                     1.0 if rope is None else rope.attention_scaling,
+                     rope is not None and rope.interleaved, rope is not None and rope.applied,
+                     self._positions == "slot")
+        if self._ordinal is None:
+            return _core.Cache(*arguments)
+        ordinal = self._ordinal
+        return _core.CudaCache(
+            *arguments, ordinal,
+            lambda size, first: storage if first and storage is not None
+            else _cuda_memory(size, ordinal))
 
     def attend(self, q, k, v, *, new_lengths=None, sink_logits=None, sink_bias=None, sink_kv=None,
                scale=None, softcap=None, alibi_slopes=None, out=None, return_lse=False,
@@ -219,7 +254,9 @@ class SinkCache:
         n = self._numbers
         return (f"SinkCache(batch={n['batch']}, kv_heads={n['kv_heads']}, "
                 f"head_dim={n['head_dim']}, sinks={n['sinks']}, window={n['window']}, "
-                f"dtype={self._dtype}, positions={self._positions}, {self.nbytes} bytes)")
+                f"dtype={self._dtype}, positions={self._positions}, "
+                f"device={'cpu' if self._ordinal is None else f'cuda:{self._ordinal}'}, "
+                f"{self.nbytes} bytes)")
 
 
 def _field(state, name, shape, dtype):

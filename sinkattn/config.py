@@ -27,18 +27,25 @@ def use_cpu_table(name):
     return _core.use_cpu_table(name)
 
 
+def cuda_devices():
+    """(number of CUDA devices that calls can use, a sentence that names them or says what is
+    missing). Starts the driver."""
+    return _core.probe_cuda()
+
+
 def show_config():
     """A dict: version, compiler, kernel tables, the chosen one and why, threads, environment.
 
-    rows_by_path counts the batch rows that each way through the kernels has served since the
-    process started: a call that fell through to the scalar reference is visible there.
+    rows_by_path counts the batch rows that each way through the CPU kernels has served since the
+    process started, cuda_launches the launches of each CUDA kernel: a call that fell through to
+    another kernel is visible there. `cuda` says what was built and whether a driver was found; it
+    does not start the driver, after which a forked child could not use CUDA: `cuda_devices` does.
     """
-    names = ("SINKATTN_CPU", "SINKATTN_NUM_THREADS")
+    names = ("SINKATTN_CPU", "SINKATTN_NUM_THREADS", "SINKATTN_CHECK")
     return {
         "version": __version__,
         "python": sys.version.split()[0],
         "numpy": np.__version__,
         **_core.config(),
-        "cuda": "not built: this version runs on the CPU only",
         "environment": {name: os.environ[name] for name in names if name in os.environ},
     }

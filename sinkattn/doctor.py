@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from sinkattn import SinkCache, attend, get_num_threads, reference, set_num_threads, show_config
-from sinkattn.config import cpu_tables, use_cpu_table
+from sinkattn.config import cpu_tables, cuda_devices, use_cpu_table
 from sinkattn.rope import Rope
 
 
@@ -22,7 +22,7 @@ def info(arguments):
         print(f"  {name:13} {state}")
     print(f"processor       {config['cpu_features'] or 'no vector extension that we use'}")
     print(f"threads         {config['threads']} (SINKATTN_NUM_THREADS, set_num_threads)")
-    print(f"cuda            {config['cuda']}")
+    print(f"cuda            {cuda_devices()[1]}")
     for name, value in config["environment"].items():
         print(f"environment     {name}={value}")
     for module, gives in (("ml_dtypes", "bfloat16 arrays in NumPy"), ("torch", "torch tensors"),
@@ -74,7 +74,7 @@ def _check(name, error, bound, failures):
         failures.append(name)
 
 
-def _check_table(name, failures):
+def _check_calls(name, attend, failures):
     random = np.random.default_rng(7)
     for call, q, k, v, keywords in _calls(random):
         for dtype, bound in ((np.float32, 2e-6), (np.float16, 2e-3)):
@@ -86,6 +86,36 @@ def _check_table(name, failures):
             expected = reference.attend(*halves, **typed, return_lse=True, return_mass=True)
             error = max(_error(a, b) for a, b in zip(got, expected))
             _check(f"{name} {call} {np.dtype(dtype).name}", error, bound, failures)
+
+
+def _device_door():
+    """(NumPy -> the device, the device -> NumPy) by torch or CuPy; None without either."""
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+        if torch.cuda.is_available():
+            return (lambda x: torch.from_numpy(np.ascontiguousarray(x)).cuda(),
+                    lambda x: x.cpu().numpy())
+    if importlib.util.find_spec("cupy") is not None:
+        import cupy
+        return cupy.asarray, cupy.asnumpy
+    return None
+
+
+def _check_cuda(failures):
+    """Every call on the first device, or a sentence that says why not."""
+    count, sentence = cuda_devices()
+    door = _device_door() if count > 0 else None
+    if door is None:
+        return sentence if count == 0 else f"{sentence}; not checked: no torch with CUDA, no CuPy"
+    there, back = door
+
+    def on_device(*tensors, **keywords):
+        moved = {name: there(x) if name == "sink_q" else tuple(map(there, x))
+                 if name == "sink_kv" else x for name, x in keywords.items()}
+        return [back(x) for x in attend(*map(there, tensors), **moved)]
+
+    _check_calls("cuda", on_device, failures)
+    return sentence
 
 
 def _check_stream(failures):
@@ -134,14 +164,15 @@ def doctor(arguments):
     for table in cpu_tables():
         before = use_cpu_table(table)
         try:
-            _check_table(table, failures)
+            _check_calls(table, attend, failures)
         finally:
             use_cpu_table(before)
     _check_stream(failures)
     _check_threads(failures)
     _check_fork(failures)
+    cuda = _check_cuda(failures)
     if failures:
         print(f"\nNot well: {len(failures)} checks failed: {', '.join(failures)}.")
         return 1
-    print(f"\nAll well. Calls use the kernel table {chosen!r}.")
+    print(f"\nAll well. Calls use the kernel table {chosen!r}; CUDA: {cuda}.")
     return 0

@@ -10,8 +10,9 @@ def attend(q, k, v, *, causal=True, window=None, sinks=0, sink_logits=None, sink
     """Attention over pinned sink tokens and a recent window.
 
     q : [batch, heads_q, query_length, depth], float32, float16 or bfloat16. NumPy (bfloat16 of
-        ml_dtypes), torch CPU tensors, or anything with ``__dlpack__``. Any strides, but the last
-        axis is contiguous; so for k, v, sink_q, sink_kv and out.
+        ml_dtypes), torch, CuPy, JAX, or anything with ``__dlpack__`` or
+        ``__cuda_array_interface__``; CPU or CUDA, all tensors on one device. Any strides, but the
+        last axis is contiguous; so for k, v, sink_q, sink_kv and out.
     k, v : [batch, heads_kv, kv_length, depth] and [batch, heads_kv, kv_length, depth_v], dtype of
         q. heads_q is a multiple of heads_kv; both depths are 1 to 256. Query i stands at key
         ``i + kv_length - query_length``: the last query at the last key.
@@ -39,9 +40,12 @@ def attend(q, k, v, *, causal=True, window=None, sinks=0, sink_logits=None, sink
     included; with return_mass also mass [batch, heads_kv, kv_length] float32, the softmax weight
     that each key received, mean over the heads of its group.
 
-    Raises TypeError and ValueError with the argument's name, NotImplementedError for arrays that
-    are not in CPU memory and for tensors that require grad (there are no gradients yet; under
-    ``torch.no_grad()`` they pass).
+    On CUDA the work goes to the caller's current stream and nothing waits; values of arrays there
+    (lengths and the like) are clamped, not checked, unless SINKATTN_CHECK=1.
+
+    Raises TypeError and ValueError with the argument's name, NotImplementedError for other devices
+    and for tensors that require grad (there are no gradients yet; under ``torch.no_grad()`` they
+    pass), RuntimeError with the driver's text where CUDA fails.
 
     Method: pinned tokens and window from Xiao et al., "Efficient Streaming Language Models with
     Attention Sinks" (arXiv 2309.17453); sink logits as in the gpt-oss model card; one pass with

@@ -325,6 +325,12 @@ sa_status sa_check_scores(const sa_attend_params *params)
     return SA_OK;
 }
 
+/* Given, and with values that may be read: kernels clamp the others. */
+static bool on_host(const sa_ints *numbers)
+{
+    return numbers->data != NULL && numbers->device.data == NULL;
+}
+
 sa_status sa_check_lengths(const sa_attend_params *params, const sa_ints *lengths, const char *name, int64_t limit, const char *limit_name)
 {
     if (lengths->data == NULL) {
@@ -332,7 +338,7 @@ sa_status sa_check_lengths(const sa_attend_params *params, const sa_ints *length
     }
     const int64_t batch = params->query.shape[0];
     SA_TRY(check_shape(params->function, name, lengths->shape, lengths->rank, &batch, 1, "[batch]"));
-    for (int64_t b = 0; b < batch; b++) {
+    for (int64_t b = 0; on_host(lengths) && b < batch; b++) {
         if (lengths->data[b] < 0 || lengths->data[b] > limit) {
             return sa_fail(SA_VALUE_ERROR, "%s(): %s[%" PRId64 "] is %" PRId64 ", expected 0 to %" PRId64 " (%s)", params->function, name, b,
                            lengths->data[b], limit, limit_name);
@@ -348,7 +354,7 @@ static sa_status check_window(const sa_attend_params *params)
         return SA_OK;
     }
     if (window->rank == 0) {
-        if (window->data[0] < 1) {
+        if (on_host(window) && window->data[0] < 1) {
             return sa_fail(SA_VALUE_ERROR, "%s(): window is %" PRId64 ", expected at least 1 (the query itself counts), or None",
                            params->function, window->data[0]);
         }
@@ -356,7 +362,7 @@ static sa_status check_window(const sa_attend_params *params)
     }
     const int64_t heads = params->query.shape[1];
     SA_TRY(check_shape(params->function, "window", window->shape, window->rank, &heads, 1, "one number or [heads_q]"));
-    for (int64_t head = 0; head < heads; head++) {
+    for (int64_t head = 0; on_host(window) && head < heads; head++) {
         if (window->data[head] < 0) {
             return sa_fail(SA_VALUE_ERROR, "%s(): window[%" PRId64 "] is %" PRId64 ", expected at least 1, or 0 for no window",
                            params->function, head, window->data[head]);
@@ -371,7 +377,7 @@ static sa_status check_padding(const sa_attend_params *params)
     SA_TRY(sa_check_lengths(params, &params->starts, "starts", kv_length, "the length of k"));
     SA_TRY(sa_check_lengths(params, &params->lengths, "lengths", kv_length, "the length of k"));
     SA_TRY(sa_check_lengths(params, &params->query_lengths, "q_lengths", params->query.shape[2], "the length of q"));
-    if (params->starts.data != NULL && params->lengths.data != NULL) {
+    if (on_host(&params->starts) && on_host(&params->lengths)) {
         for (int64_t b = 0; b < params->query.shape[0]; b++) {
             const int64_t end = params->starts.data[b] + params->lengths.data[b];
             if (end > kv_length) {
@@ -389,6 +395,9 @@ static sa_status check_cumulative(const sa_attend_params *params, const sa_ints 
         return sa_fail(SA_VALUE_ERROR, "%s(): %s has %d dimensions, expected 1: [sequences + 1]", params->function, name, offsets->rank);
     }
     const int64_t last = offsets->shape[0] - 1;
+    if (!on_host(offsets)) {
+        return SA_OK;
+    }
     if (offsets->data[0] != 0 || offsets->data[last] != end) {
         return sa_fail(SA_VALUE_ERROR, "%s(): %s goes from %" PRId64 " to %" PRId64 ", expected 0 to %" PRId64 " (the length of %s)",
                        params->function, name, offsets->data[0], offsets->data[last], end, of);

@@ -8,6 +8,7 @@ typedef enum sa_status {
     SA_VALUE_ERROR,     /* ValueError */
     SA_NOT_IMPLEMENTED, /* NotImplementedError: a backend lacks the combination */
     SA_NO_MEMORY,       /* MemoryError */
+    SA_RUNTIME_ERROR,   /* RuntimeError: CUDA failed, with the driver's text */
     SA_INTERRUPTED,     /* the caller's poll asked to stop; it knows why */
 } sa_status;
 

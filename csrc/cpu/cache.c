@@ -8,7 +8,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "../core/check.h"
+#include "../core/cache_check.h"
 #include "../core/plan.h"
 #include "../core/ring.h"
 #include "../core/rope.h"
@@ -25,30 +25,6 @@ struct sa_cache {
     int64_t *lengths, *lows; /* [batch] */
     int64_t key_bytes, value_bytes;
 };
-
-static sa_status check_config(const sa_cache_config *config)
-{
-    const struct {
-        const char *name;
-        int64_t value, low, high;
-    } numbers[] = {{"batch", config->batch, 0, INT64_MAX},      {"kv_heads", config->heads_kv, 1, INT64_MAX},
-                   {"head_dim", config->depth, 1, 256},         {"v_head_dim", config->depth_v, 1, 256},
-                   {"sinks", config->pinned, 0, INT64_MAX / 4}, {"window", config->window, 1, INT64_MAX / 4},
-                   {"rollback", config->rollback, 0, INT64_MAX / 4}};
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
-        if (numbers[i].value < numbers[i].low || numbers[i].value > numbers[i].high) {
-            return sa_fail(SA_VALUE_ERROR, "SinkCache(): %s is %" PRId64 ", expected %" PRId64 "%s%" PRId64, numbers[i].name,
-                           numbers[i].value, numbers[i].low, " to ", numbers[i].high);
-        }
-    }
-    if (2 * config->inv_freq_count > config->depth) {
-        return sa_fail(SA_VALUE_ERROR, "SinkCache(): rope has %" PRId64 " frequencies, expected at most %" PRId64 " (half of head_dim %" PRId64 ")",
-                       config->inv_freq_count, config->depth / 2, config->depth);
-    }
-    const int64_t slots = config->pinned + config->window + config->rollback;
-    const int64_t shape[4] = {config->batch, config->heads_kv, slots, max_i64(config->depth, config->depth_v)};
-    return sa_check_size("SinkCache", "the cache", shape, 4, sa_dtype_size(config->dtype));
-}
 
 static void *clear_memory(int64_t bytes)
 {
@@ -73,7 +49,7 @@ static void *clear_storage(int64_t bytes)
 
 sa_status sa_cache_new(const sa_cache_config *config, sa_cache **out)
 {
-    SA_TRY(check_config(config));
+    SA_TRY(sa_check_cache_config(config));
     sa_cache *cache = calloc(1, sizeof *cache);
     if (cache == NULL) {
         return sa_no_memory("a SinkCache", sizeof *cache);
@@ -184,14 +160,7 @@ void sa_cache_reset(sa_cache *cache, const bool *rows)
 
 sa_status sa_cache_crop(sa_cache *cache, int64_t length)
 {
-    for (int64_t b = 0; b < cache->config.batch; b++) {
-        if (length < 0 || !sa_ring_may_crop(&cache->ring, state_of(cache, b), length)) {
-            return sa_fail(SA_VALUE_ERROR,
-                           "crop(): row %" PRId64 " has seen %" PRId64 " tokens and holds its ring from %" PRId64 "; what token %" PRId64
-                           " would see is not all held, expected a length that is (rollback= keeps more)",
-                           b, cache->lengths[b], cache->lows[b], length);
-        }
-    }
+    SA_TRY(sa_check_cache_crop(&cache->config, cache->lengths, cache->lows, length));
     for (int64_t b = 0; b < cache->config.batch; b++) {
         set_state(cache, b, sa_ring_crop(&cache->ring, state_of(cache, b), length));
     }
@@ -211,14 +180,7 @@ sa_status sa_cache_clone(const sa_cache *cache, sa_cache **copy)
 sa_status sa_cache_reorder(sa_cache *cache, const int64_t *index, int64_t count)
 {
     const int64_t batch = cache->config.batch;
-    if (count != batch) {
-        return sa_fail(SA_VALUE_ERROR, "reorder(): index has %" PRId64 " entries, expected %" PRId64 " (the batch)", count, batch);
-    }
-    for (int64_t b = 0; b < batch; b++) {
-        if (index[b] < 0 || index[b] >= batch) {
-            return sa_fail(SA_VALUE_ERROR, "reorder(): index[%" PRId64 "] is %" PRId64 ", expected 0 to %" PRId64, b, index[b], batch - 1);
-        }
-    }
+    SA_TRY(sa_check_cache_index(&cache->config, index, count));
     sa_cache *before;
     SA_TRY(sa_cache_clone(cache, &before));
     for (int64_t b = 0; b < batch; b++) {
@@ -246,16 +208,7 @@ static void clear_slots(sa_cache *cache, int64_t row, int64_t slot, int64_t coun
 sa_status sa_cache_restore(sa_cache *cache, const void *keys, const void *values, const int64_t *lengths, const int64_t *lows)
 {
     const sa_ring *ring = &cache->ring;
-    for (int64_t b = 0; b < cache->config.batch; b++) {
-        if (lengths[b] < 0 || lengths[b] > INT64_MAX / 4) {
-            return sa_fail(SA_VALUE_ERROR, "load_state_dict(): length[%" PRId64 "] is %" PRId64 ", expected 0 to 2^61", b, lengths[b]);
-        }
-        const int64_t lowest = max_i64(ring->pinned, lengths[b] - ring->capacity), highest = max_i64(lengths[b], ring->pinned);
-        if (lows[b] < lowest || lows[b] > highest) {
-            return sa_fail(SA_VALUE_ERROR, "load_state_dict(): low[%" PRId64 "] is %" PRId64 ", expected %" PRId64 " to %" PRId64, b, lows[b],
-                           lowest, highest);
-        }
-    }
+    SA_TRY(sa_check_cache_state(&cache->config, lengths, lows));
     memcpy(cache->keys, keys, (size_t)cache->key_bytes);
     memcpy(cache->values, values, (size_t)cache->value_bytes);
     for (int64_t b = 0; b < cache->config.batch; b++) {
@@ -275,36 +228,13 @@ sa_status sa_cache_restore(sa_cache *cache, const void *keys, const void *values
 
 sa_status sa_cache_attend_check(const sa_cache *cache, const sa_attend_params *params)
 {
-    const sa_cache_config *config = &cache->config;
-    SA_TRY(sa_check_tensors(params));
-    const struct {
-        const char *name, *axis;
-        int64_t came, expected;
-    } axes[] = {{"k", "batch", params->key.shape[0], config->batch},
-                {"k", "heads", params->key.shape[1], config->heads_kv},
-                {"k", "head_dim", params->key.shape[3], config->depth},
-                {"v", "head_dim", params->value.shape[3], config->depth_v}};
-    for (size_t i = 0; i < sizeof axes / sizeof axes[0]; i++) {
-        if (axes[i].came != axes[i].expected) {
-            return sa_fail(SA_VALUE_ERROR, "%s(): %s has %s %" PRId64 ", expected %" PRId64 " (as the cache was made)", params->function,
-                           axes[i].name, axes[i].axis, axes[i].came, axes[i].expected);
-        }
-    }
-    if (params->query.shape[2] != params->key.shape[2]) {
-        return sa_fail(SA_VALUE_ERROR, "%s(): q has %" PRId64 " tokens, expected %" PRId64 " (same as k)", params->function,
-                       params->query.shape[2], params->key.shape[2]);
-    }
-    if (params->query.dtype != config->dtype) {
-        return sa_fail(SA_TYPE_ERROR, "%s(): q is %s, expected %s (the dtype of the cache)", params->function,
-                       sa_dtype_name(params->query.dtype), sa_dtype_name(config->dtype));
-    }
-    for (int64_t b = 0; b < config->batch; b++) {
+    SA_TRY(sa_check_cache_call(&cache->config, params));
+    for (int64_t b = 0; b < cache->config.batch; b++) {
         if (cache->lengths[b] > INT64_MAX / 4 - params->query.shape[2]) {
             return sa_fail(SA_VALUE_ERROR, "%s(): row %" PRId64 " is at the end of the countable positions", params->function, b);
         }
     }
-    SA_TRY(sa_check_scores(params));
-    return sa_check_lengths(params, &params->query_lengths, "new_lengths", params->query.shape[2], "the tokens of q");
+    return SA_OK;
 }
 
 /* One call's chunk: how many tokens are new for a row, and rotated copies where the cache rotates. Copies are dense. */

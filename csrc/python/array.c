@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "device.h"
 #include "numpy_api.h"
 
 void sa_call_end(sa_call *call)
@@ -122,22 +123,8 @@ int sa_raw_of_numpy(sa_call *call, const char *name, PyArrayObject *array, sa_ra
 
 /* --- DLPack --------------------------------------------------------------------------------------------------------------------- */
 
-static int refuse_device(sa_call *call, const char *name, long type)
-{
-    if (type == DL_CPU || type == DL_CUDA_HOST) {
-        return 0;
-    }
-    PyErr_Format(PyExc_NotImplementedError,
-                 "%s(): %s is on DLPack device type %ld%s, expected memory of the CPU: the backends of this version are: cpu",
-                 call->function, name, type, type == DL_CUDA ? " (CUDA)" : "");
-    return -1;
-}
-
 static int raw_of_dltensor(sa_call *call, const char *name, const DLTensor *tensor, bool readonly, sa_raw *out)
 {
-    if (refuse_device(call, name, tensor->device.device_type) < 0) {
-        return -1;
-    }
     if (tensor->ndim > SA_MAX_RANK) {
         PyErr_Format(PyExc_ValueError, "%s(): %s has %d dimensions, expected at most 4", call->function, name, (int)tensor->ndim);
         return -1;
@@ -163,10 +150,10 @@ static int raw_of_dltensor(sa_call *call, const char *name, const DLTensor *tens
 }
 
 /* The exchange table of a type; NULL if it has none that we understand, or with an exception. */
-static const DLPackExchangeAPI *exchange_api(sa_call *call, PyObject *object)
+static const DLPackExchangeAPI *find_table(sa_call *call, PyTypeObject *type)
 {
     PyObject *capsule;
-    if (optional_attribute((PyObject *)Py_TYPE(object), call->module->exchange_name, &capsule) <= 0) {
+    if (optional_attribute((PyObject *)type, call->module->exchange_name, &capsule) <= 0) {
         return NULL;
     }
     const DLPackExchangeHeader *header =
@@ -176,6 +163,25 @@ static const DLPackExchangeAPI *exchange_api(sa_call *call, PyObject *object)
         header = header->prev_api;
     }
     return (const DLPackExchangeAPI *)(const void *)header;
+}
+
+/* The last type is remembered if it had one; a type may get one later. */
+static const DLPackExchangeAPI *exchange_api(sa_call *call, PyObject *object)
+{
+#ifndef Py_GIL_DISABLED
+    sa_module *module = call->module;
+    if (Py_TYPE(object) == module->table_type) {
+        return module->table;
+    }
+    const DLPackExchangeAPI *table = find_table(call, Py_TYPE(object));
+    if (table != NULL) {
+        Py_XSETREF(module->table_type, (PyTypeObject *)Py_NewRef(Py_TYPE(object)));
+        module->table = table;
+    }
+    return table;
+#else
+    return find_table(call, Py_TYPE(object));
+#endif
 }
 
 static int grad_mode(void)
@@ -264,29 +270,37 @@ static int raw_of_capsule(sa_call *call, const char *name, PyObject *capsule, bo
     return -1;
 }
 
-static int check_device(sa_call *call, const char *name, PyObject *object)
+/* Which device, before the door is opened: a CUDA array is asked for with the stream that it must be ready on. */
+static int follow_device(sa_call *call, const char *name, PyObject *object, sa_like *like)
 {
     PyObject *device = PyObject_CallMethodNoArgs(object, call->module->device_name);
-    long type = -1;
     if (device != NULL && PyTuple_Check(device) && PyTuple_GET_SIZE(device) == 2) {
-        type = PyLong_AsLong(PyTuple_GET_ITEM(device, 0));
+        like->device.device_type = (int32_t)PyLong_AsLong(PyTuple_GET_ITEM(device, 0));
+        like->device.device_id = (int32_t)PyLong_AsLong(PyTuple_GET_ITEM(device, 1));
+    } else {
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError, "%s(): %s does not tell its device: __dlpack_device__() gave no pair", call->function, name);
     }
     Py_XDECREF(device);
-    PyErr_Clear();
-    return refuse_device(call, name, type);
+    if (PyErr_Occurred() || sa_admit_device(call, name, like->device) < 0) {
+        return -1;
+    }
+    return sa_is_cuda(like->device) ? sa_follow_library(call, object, like->device) : 0;
 }
 
-static PyObject *ask_dlpack(sa_call *call, PyObject *object)
+static PyObject *ask_dlpack(sa_call *call, PyObject *object, bool cuda)
 {
     PyObject *method = PyObject_GetAttr(object, call->module->dlpack_name);
-    PyObject *keywords = Py_BuildValue("{s:(ii)}", "max_version", 1, 3);
+    PyObject *keywords = cuda ? Py_BuildValue("{s:(ii),s:L}", "max_version", 1, 3, "stream", sa_dlpack_stream(call))
+                              : Py_BuildValue("{s:(ii)}", "max_version", 1, 3);
     PyObject *none = PyTuple_New(0);
     PyObject *capsule = NULL;
     if (method != NULL && keywords != NULL && none != NULL) {
         capsule = PyObject_Call(method, none, keywords);
         if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) { /* a producer from before versions */
             PyErr_Clear();
-            capsule = PyObject_CallNoArgs(method);
+            PyDict_DelItemString(keywords, "max_version");
+            capsule = PyObject_Call(method, none, keywords);
         }
     }
     Py_XDECREF(method);
@@ -317,6 +331,15 @@ static int refuse_unreadable(sa_call *call, const char *name)
     return -1;
 }
 
+static int follow_table(sa_call *call, const char *name, sa_like *like, DLDevice device)
+{
+    like->device = device;
+    if (sa_admit_device(call, name, device) < 0) {
+        return -1;
+    }
+    return sa_is_cuda(device) ? sa_follow_exchange(call, like->api, device) : 0;
+}
+
 /* Through the exchange table. The view is borrowed from the object; a library without views lends a managed tensor, held to the end. */
 static int raw_of_exchange(sa_call *call, const char *name, PyObject *object, sa_like *like, sa_raw *out)
 {
@@ -325,7 +348,9 @@ static int raw_of_exchange(sa_call *call, const char *name, PyObject *object, sa
         if (like->api->view_from_object(object, &tensor) < 0) {
             return refuse_unreadable(call, name);
         }
-        like->device = tensor.device;
+        if (follow_table(call, name, like, tensor.device) < 0) {
+            return -1;
+        }
         return raw_of_dltensor(call, name, &tensor, false, out);
     }
     DLManagedTensorVersioned *managed = NULL;
@@ -336,14 +361,34 @@ static int raw_of_exchange(sa_call *call, const char *name, PyObject *object, sa
     if (capsule == NULL || sa_hold(call, capsule) < 0) {
         return -1;
     }
-    like->device = managed->dl_tensor.device;
+    if (follow_table(call, name, like, managed->dl_tensor.device) < 0) {
+        return -1;
+    }
     return raw_of_dltensor(call, name, &managed->dl_tensor, (managed->flags & DL_FLAG_READ_ONLY) != 0, out);
+}
+
+/* PyObject_HasAttr hides every exception; this one hides only that there is no such attribute. */
+static int has_attribute(PyObject *object, PyObject *name)
+{
+    PyObject *value = NULL;
+    const int found = optional_attribute(object, name, &value);
+    Py_XDECREF(value);
+    return found;
+}
+
+/* What jax.jit, grad and vmap pass to a function in place of arrays. */
+static bool is_tracer(PyObject *object)
+{
+    return strstr(Py_TYPE(object)->tp_name, "Tracer") != NULL && PyObject_HasAttrString(object, "aval");
 }
 
 int sa_raw_of_object(sa_call *call, const char *name, PyObject *object, sa_raw *out, sa_like *like)
 {
     *like = (sa_like){.kind = SA_KIND_NUMPY, .object = object, .device = {DL_CPU, 0}};
     if (PyArray_Check(object)) {
+        if (sa_admit_device(call, name, like->device) < 0) {
+            return -1;
+        }
         return sa_raw_of_numpy(call, name, (PyArrayObject *)object, out) < 0 ? -1 : 1;
     }
     if (PyLong_Check(object) || PyFloat_Check(object) || PyList_Check(object) || PyTuple_Check(object)) {
@@ -354,18 +399,28 @@ int sa_raw_of_object(sa_call *call, const char *name, PyObject *object, sa_raw *
         like->kind = SA_KIND_EXCHANGE;
         return sa_refuse_lost_state(call, name, object) < 0 || raw_of_exchange(call, name, object, like, out) < 0 ? -1 : 1;
     }
-    PyObject *method = NULL;
-    const int found = PyErr_Occurred() ? -1 : optional_attribute(object, call->module->dlpack_name, &method);
-    Py_XDECREF(method);
-    if (found <= 0) {
-        return found;
-    }
-    like->kind = SA_KIND_DLPACK;
-    const int torch_like = sa_refuse_lost_state(call, name, object);
-    if (torch_like < 0 || check_device(call, name, object) < 0) {
+    if (PyErr_Occurred()) {
         return -1;
     }
-    PyObject *capsule = ask_dlpack(call, object);
+    if (is_tracer(object)) {
+        PyErr_Format(PyExc_NotImplementedError, "%s(): %s is a JAX tracer, which has no memory: call outside jax.jit, or through jax.pure_callback",
+                     call->function, name);
+        return -1;
+    }
+    like->kind = SA_KIND_DLPACK;
+    const int has_dlpack = has_attribute(object, call->module->dlpack_name);
+    if (has_dlpack < 0) {
+        return -1;
+    }
+    if (has_dlpack == 0) {
+        const int has_interface = has_attribute(object, call->module->interface_name);
+        return has_interface <= 0 ? has_interface : sa_raw_of_interface(call, name, object, out, like) < 0 ? -1 : 1;
+    }
+    const int torch_like = sa_refuse_lost_state(call, name, object);
+    if (torch_like < 0 || follow_device(call, name, object, like) < 0) {
+        return -1;
+    }
+    PyObject *capsule = ask_dlpack(call, object, sa_is_cuda(like->device));
     if (capsule == NULL || sa_hold(call, capsule) < 0) {
         return -1;
     }

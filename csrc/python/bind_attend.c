@@ -72,6 +72,19 @@ static int parse(sa_call *call, PyObject *const *arguments, sa_attend_params *pa
     return parse_lengths(call, arguments, params);
 }
 
+static int run(sa_call *call, const sa_attend_params *params, const sa_like *like)
+{
+    if (params->on_cuda) {
+        return sa_run_on_cuda(call, params, NULL, like);
+    }
+    sa_released released;
+    sa_release(&released);
+    const sa_status status = sa_attend(params, released.poll);
+    sa_reacquire(&released);
+    sa_raise(status);
+    return status == SA_OK ? 0 : -1;
+}
+
 static PyObject *attend(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     sa_call call = {.module = sa_module_of(module), .function = "attend"};
@@ -94,15 +107,8 @@ static PyObject *attend(PyObject *module, PyObject *const *arguments, Py_ssize_t
         goto end;
     }
     const int64_t kv_length = params.key.shape[2];
-    if (sa_make_results(&call, &params, arguments[OUT], return_lse, return_mass, kv_length, &results) < 0) {
-        goto end;
-    }
-    sa_released released;
-    sa_release(&released);
-    status = sa_attend(&params, released.poll);
-    sa_reacquire(&released);
-    if (status != SA_OK) {
-        sa_raise(status);
+    if (sa_make_results(&call, &params, arguments[OUT], return_lse, return_mass, kv_length, &results) < 0 ||
+        run(&call, &params, &results.like) < 0) {
         goto end;
     }
     answer = sa_take_results(&call, &results);

@@ -11,10 +11,6 @@ typedef struct cache_object {
     atomic_flag busy;
 } cache_object;
 
-/* clang-format off */
-enum { Q, K, V, NEW_LENGTHS, SINK_LOGITS, SINK_BIAS, SINK_KV, SCALE, SOFTCAP, ALIBI_SLOPES, OUT, RETURN_LSE, RETURN_MASS, ARGUMENTS };
-/* clang-format on */
-
 static sa_cache *enter(PyObject *self)
 {
     cache_object *object = (cache_object *)self;
@@ -42,31 +38,39 @@ static PyObject *wrap(PyTypeObject *type, sa_cache *cache)
     return (PyObject *)self;
 }
 
+int sa_parse_cache_config(PyObject *arguments, sa_cache_config *config, Py_buffer *buffer, int *device, PyObject **allocate)
+{
+    const char *dtype;
+    long long n[7];
+    int interleaved, applied, slot;
+    if (!PyArg_ParseTuple(arguments, device != NULL ? "LLLLLLLsy*dpppiO" : "LLLLLLLsy*dppp", &n[0], &n[1], &n[2], &n[3], &n[4], &n[5], &n[6],
+                          &dtype, buffer, &config->attention_scaling, &interleaved, &applied, &slot, device, allocate)) {
+        return -1;
+    }
+    config->batch = n[0];
+    config->heads_kv = n[1];
+    config->depth = n[2];
+    config->depth_v = n[3];
+    config->pinned = n[4];
+    config->window = n[5];
+    config->rollback = n[6];
+    config->dtype = strcmp(dtype, "float32") == 0 ? SA_F32 : strcmp(dtype, "float16") == 0 ? SA_F16 : SA_BF16;
+    config->inv_freq = buffer->len > 0 ? buffer->buf : NULL;
+    config->inv_freq_count = buffer->len / (Py_ssize_t)sizeof(double);
+    config->interleaved = interleaved;
+    config->applied = applied;
+    config->slot_positions = slot;
+    return 0;
+}
+
 static PyObject *cache_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
     (void)keywords;
     sa_cache_config config = {0};
-    const char *dtype;
     Py_buffer frequencies;
-    long long n[7];
-    int interleaved, applied, slot;
-    if (!PyArg_ParseTuple(arguments, "LLLLLLLsy*dppp", &n[0], &n[1], &n[2], &n[3], &n[4], &n[5], &n[6], &dtype, &frequencies,
-                          &config.attention_scaling, &interleaved, &applied, &slot)) {
+    if (sa_parse_cache_config(arguments, &config, &frequencies, NULL, NULL) < 0) {
         return NULL;
     }
-    config.batch = n[0];
-    config.heads_kv = n[1];
-    config.depth = n[2];
-    config.depth_v = n[3];
-    config.pinned = n[4];
-    config.window = n[5];
-    config.rollback = n[6];
-    config.dtype = strcmp(dtype, "float32") == 0 ? SA_F32 : strcmp(dtype, "float16") == 0 ? SA_F16 : SA_BF16;
-    config.inv_freq = frequencies.len > 0 ? frequencies.buf : NULL;
-    config.inv_freq_count = frequencies.len / (Py_ssize_t)sizeof(double);
-    config.interleaved = interleaved;
-    config.applied = applied;
-    config.slot_positions = slot;
     sa_cache *cache = NULL;
     const sa_status status = sa_cache_new(&config, &cache);
     PyBuffer_Release(&frequencies);
@@ -85,26 +89,15 @@ static void cache_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-static int parse(sa_call *call, PyObject *const *arguments, sa_attend_params *params, sa_like *like)
-{
-    const sa_score_arguments scores = {arguments[SINK_LOGITS], arguments[SINK_BIAS], arguments[SINK_KV],
-                                       arguments[SCALE],       arguments[SOFTCAP],   arguments[ALIBI_SLOPES]};
-    return sa_parse_tensors(call, arguments[Q], arguments[K], arguments[V], arguments[OUT], params, like) < 0 ||
-                   sa_parse_scores(call, &scores, params) < 0 ||
-                   sa_cast_ints(call, "new_lengths", arguments[NEW_LENGTHS], &params->query_lengths) < 0
-               ? -1
-               : 0;
-}
-
 static PyObject *attend_locked(sa_call *call, sa_cache *cache, PyObject *const *arguments)
 {
     sa_attend_params params = {.function = call->function, .mass_queries = -1, .pinned = sa_cache_describe(cache)->pinned};
     sa_results results = {0};
     PyObject *answer = NULL;
     bool return_lse, return_mass;
-    if (sa_parse_bool(call, "return_lse", arguments[RETURN_LSE], &return_lse) < 0 ||
-        sa_parse_bool(call, "return_mass", arguments[RETURN_MASS], &return_mass) < 0 ||
-        parse(call, arguments, &params, &results.like) < 0) {
+    if (sa_parse_bool(call, "return_lse", arguments[SA_CACHE_RETURN_LSE], &return_lse) < 0 ||
+        sa_parse_bool(call, "return_mass", arguments[SA_CACHE_RETURN_MASS], &return_mass) < 0 ||
+        sa_parse_cache_call(call, arguments, &params, &results.like) < 0) {
         goto end;
     }
     sa_status status = sa_cache_attend_check(cache, &params);
@@ -112,7 +105,7 @@ static PyObject *attend_locked(sa_call *call, sa_cache *cache, PyObject *const *
         sa_raise(status);
         goto end;
     }
-    if (sa_make_results(call, &params, arguments[OUT], return_lse, return_mass, sa_cache_slots(cache), &results) < 0) {
+    if (sa_make_results(call, &params, arguments[SA_CACHE_OUT], return_lse, return_mass, sa_cache_slots(cache), &results) < 0) {
         goto end;
     }
     sa_released released;
@@ -131,9 +124,11 @@ end:
 
 static PyObject *cache_attend(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
-    sa_call call = {.module = PyType_GetModuleState(Py_TYPE(self)), .function = "SinkCache.attend"};
-    if (count != ARGUMENTS) {
-        PyErr_Format(PyExc_TypeError, "Cache.attend takes %d arguments, got %zd", ARGUMENTS, count);
+    sa_call call = {.module = PyType_GetModuleState(Py_TYPE(self)), .function = "SinkCache.attend", .device_of = "the cache"};
+    call.device = (DLDevice){DL_CPU, 0};
+    call.device_known = true;
+    if (count != SA_CACHE_ARGUMENTS) {
+        PyErr_Format(PyExc_TypeError, "Cache.attend takes %d arguments, got %zd", SA_CACHE_ARGUMENTS, count);
         return NULL;
     }
     sa_cache *cache = enter(self);

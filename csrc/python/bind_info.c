@@ -1,6 +1,7 @@
 /* Threads, kernel tables, and what show_config() tells. */
 #include <string.h>
 
+#include "../cuda/kernels.h"
 #include "array.h"
 
 static PyObject *set_num_threads(PyObject *module, PyObject *count)
@@ -111,6 +112,26 @@ static PyObject *paths(void)
     return all;
 }
 
+/* Launches of each CUDA kernel that ran. */
+static PyObject *cuda_launches(void)
+{
+    PyObject *all = PyDict_New();
+    for (int i = 0; all != NULL && i < sa_cuda_kernel_total(); i++) {
+        if (sa_cuda_kernel_calls(i) > 0 && put(all, sa_cuda_kernel_name(i), PyLong_FromLongLong(sa_cuda_kernel_calls(i))) < 0) {
+            Py_CLEAR(all);
+        }
+    }
+    return all;
+}
+
+static PyObject *probe_cuda(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    const int devices = sa_cuda_device_count();
+    return Py_BuildValue("(is)", devices, sa_cuda_sentence(true));
+}
+
 static PyObject *config(PyObject *module, PyObject *unused)
 {
     (void)module;
@@ -120,7 +141,8 @@ static PyObject *config(PyObject *module, PyObject *unused)
         put(all, "cpu_table", PyUnicode_FromString(sa_table_chosen())) < 0 ||
         put(all, "cpu_table_reason", PyUnicode_FromString(sa_table_reason())) < 0 ||
         put(all, "cpu_features", PyUnicode_FromString(sa_cpu_features())) < 0 ||
-        put(all, "threads", PyLong_FromLongLong(sa_get_threads())) < 0 || put(all, "rows_by_path", paths()) < 0) {
+        put(all, "threads", PyLong_FromLongLong(sa_get_threads())) < 0 || put(all, "rows_by_path", paths()) < 0 ||
+        put(all, "cuda", PyUnicode_FromString(sa_cuda_sentence(false))) < 0 || put(all, "cuda_launches", cuda_launches()) < 0) {
         Py_XDECREF(all);
         return NULL;
     }
@@ -132,6 +154,7 @@ PyMethodDef sa_info_methods[] = {
     {"get_num_threads", get_num_threads, METH_NOARGS, NULL},
     {"use_cpu_table", use_cpu_table, METH_O, "Switches the kernel table; returns the name of the one before."},
     {"peak", (PyCFunction)(void (*)(void))peak, METH_FASTCALL, "One trial of what the machine can do at most."},
+    {"probe_cuda", probe_cuda, METH_NOARGS, "(devices, sentence); initialises the driver."},
     {"config", config, METH_NOARGS, NULL},
     {0},
 };

@@ -1,7 +1,7 @@
 /* merge: parse -> dense copies -> check -> allocate -> release the GIL -> run -> convert. */
 #include <string.h>
 
-#include "array.h"
+#include "device.h"
 
 /* One part, copied dense: it outlives the array that it came from. */
 typedef struct part {
@@ -72,6 +72,11 @@ static int view_dense(sa_call *call, const char *name, PyObject *object, sa_tens
 {
     sa_tensor view;
     int failed = sa_view(call, name, object, &view, like);
+    if (failed == 0 && sa_is_cuda(call->device)) {
+        PyErr_Format(PyExc_NotImplementedError, "merge(): %s is on cuda:%d; the backends that have merge are: cpu", name,
+                     (int)call->device.device_id);
+        failed = -1;
+    }
     if (failed == 0) {
         failed = make_dense(&view);
         *tensor = view;

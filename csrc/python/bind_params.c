@@ -1,5 +1,8 @@
 #include "bind_params.h"
 
+#include "../cuda/driver.h"
+#include "device.h"
+
 int sa_view_given(sa_call *call, const char *name, PyObject *object, sa_tensor *tensor)
 {
     if (sa_view(call, name, object, tensor, NULL) < 0) {
@@ -14,11 +17,15 @@ int sa_view_given(sa_call *call, const char *name, PyObject *object, sa_tensor *
 
 int sa_parse_tensors(sa_call *call, PyObject *q, PyObject *k, PyObject *v, PyObject *out, sa_attend_params *params, sa_like *like)
 {
-    return sa_view(call, "q", q, &params->query, like) < 0 || sa_view(call, "k", k, &params->key, NULL) < 0 ||
-                   sa_view(call, "v", v, &params->value, NULL) < 0 ||
-                   (out != Py_None && sa_view_given(call, "out", out, &params->output) < 0)
-               ? -1
-               : 0;
+    if (sa_view(call, "q", q, &params->query, like) < 0 || sa_view(call, "k", k, &params->key, NULL) < 0 ||
+        sa_view(call, "v", v, &params->value, NULL) < 0 || (out != Py_None && sa_view_given(call, "out", out, &params->output) < 0)) {
+        return -1;
+    }
+    params->on_cuda = sa_is_cuda(call->device);
+    params->device = call->device.device_id;
+    const sa_status status = params->on_cuda ? sa_device_check(call->function, params->device) : SA_OK;
+    sa_raise(status);
+    return status == SA_OK ? 0 : -1;
 }
 
 static int parse_sink_kv(sa_call *call, PyObject *pair, sa_attend_params *params)
@@ -53,6 +60,18 @@ int sa_parse_scores(sa_call *call, const sa_score_arguments *arguments, sa_atten
                    sa_parse_float(call, "scale", arguments->scale, &params->scale, &params->has_scale) < 0 ||
                    sa_parse_float(call, "softcap", arguments->softcap, &params->softcap, &params->has_softcap) < 0 ||
                    sa_cast_floats(call, "alibi_slopes", arguments->alibi_slopes, &params->alibi_slopes) < 0
+               ? -1
+               : 0;
+}
+
+int sa_parse_cache_call(sa_call *call, PyObject *const *arguments, sa_attend_params *params, sa_like *like)
+{
+    const sa_score_arguments scores = {arguments[SA_CACHE_SINK_LOGITS], arguments[SA_CACHE_SINK_BIAS], arguments[SA_CACHE_SINK_KV],
+                                       arguments[SA_CACHE_SCALE],       arguments[SA_CACHE_SOFTCAP],   arguments[SA_CACHE_ALIBI_SLOPES]};
+    return sa_parse_tensors(call, arguments[SA_CACHE_Q], arguments[SA_CACHE_K], arguments[SA_CACHE_V], arguments[SA_CACHE_OUT], params,
+                            like) < 0 ||
+                   sa_parse_scores(call, &scores, params) < 0 ||
+                   sa_cast_ints(call, "new_lengths", arguments[SA_CACHE_NEW_LENGTHS], &params->query_lengths) < 0
                ? -1
                : 0;
 }

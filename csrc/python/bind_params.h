@@ -2,6 +2,7 @@
 #ifndef SA_BIND_PARAMS_H
 #define SA_BIND_PARAMS_H
 
+#include "../cuda/cache.h"
 #include "array.h"
 
 typedef struct sa_score_arguments {
@@ -21,8 +22,20 @@ int sa_view_given(sa_call *call, const char *name, PyObject *object, sa_tensor *
 int sa_parse_tensors(sa_call *call, PyObject *q, PyObject *k, PyObject *v, PyObject *out, sa_attend_params *params, sa_like *like);
 int sa_parse_scores(sa_call *call, const sa_score_arguments *arguments, sa_attend_params *params);
 
+/* The arguments of Cache.attend, in order. */
+/* clang-format off */
+enum {
+    SA_CACHE_Q, SA_CACHE_K, SA_CACHE_V, SA_CACHE_NEW_LENGTHS, SA_CACHE_SINK_LOGITS, SA_CACHE_SINK_BIAS, SA_CACHE_SINK_KV, SA_CACHE_SCALE,
+    SA_CACHE_SOFTCAP, SA_CACHE_ALIBI_SLOPES, SA_CACHE_OUT, SA_CACHE_RETURN_LSE, SA_CACHE_RETURN_MASS, SA_CACHE_ARGUMENTS
+};
+/* clang-format on */
+int sa_parse_cache_call(sa_call *call, PyObject *const *arguments, sa_attend_params *params, sa_like *like);
+
 /* Allocates what is asked for and points params at it. Only after the check. */
 int sa_make_results(sa_call *call, sa_attend_params *params, PyObject *out, bool lse, bool mass, int64_t mass_slots, sa_results *results);
+
+/* Launches a checked call with its results in place; `cache` NULL: none. Memory for its length comes from the allocator of `like`. */
+int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_store *cache, const sa_like *like);
 
 /* out, or the tuple of what was asked for. */
 PyObject *sa_take_results(sa_call *call, sa_results *results);

@@ -9,6 +9,7 @@ void sa_raise(sa_status status)
     case SA_TYPE_ERROR: PyErr_SetString(PyExc_TypeError, sa_message()); break;
     case SA_VALUE_ERROR: PyErr_SetString(PyExc_ValueError, sa_message()); break;
     case SA_NOT_IMPLEMENTED: PyErr_SetString(PyExc_NotImplementedError, sa_message()); break;
+    case SA_RUNTIME_ERROR: PyErr_SetString(PyExc_RuntimeError, sa_message()); break;
     case SA_NO_MEMORY: PyErr_SetString(PyExc_MemoryError, sa_message()); break;
     }
 }

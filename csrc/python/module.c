@@ -21,9 +21,11 @@ static int execute(PyObject *module)
     state->exchange_name = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
     state->dlpack_name = PyUnicode_InternFromString("__dlpack__");
     state->device_name = PyUnicode_InternFromString("__dlpack_device__");
+    state->interface_name = PyUnicode_InternFromString("__cuda_array_interface__");
     state->grad_name = PyUnicode_InternFromString("requires_grad");
     state->negated_name = PyUnicode_InternFromString("is_neg");
-    if (!state->exchange_name || !state->dlpack_name || !state->device_name || !state->grad_name || !state->negated_name) {
+    if (!state->exchange_name || !state->dlpack_name || !state->device_name || !state->interface_name || !state->grad_name ||
+        !state->negated_name) {
         return -1;
     }
 #ifdef SA_CANARY
@@ -31,7 +33,8 @@ static int execute(PyObject *module)
         return -1;
     }
 #endif
-    return add_type(module, &sa_cache_spec, &state->cache_type) < 0 || add_type(module, &sa_buffer_spec, &state->buffer_type) < 0 ||
+    return add_type(module, &sa_cache_spec, &state->cache_type) < 0 ||
+                   add_type(module, &sa_cuda_cache_spec, &state->cuda_cache_type) < 0 || add_type(module, &sa_buffer_spec, &state->buffer_type) < 0 ||
                    PyModule_AddFunctions(module, sa_attend_methods) < 0 || PyModule_AddFunctions(module, sa_merge_methods) < 0 ||
                    PyModule_AddFunctions(module, sa_info_methods) < 0
                ? -1
@@ -42,7 +45,12 @@ static int traverse(PyObject *module, visitproc visit, void *arg)
 {
     sa_module *state = sa_module_of(module);
     Py_VISIT(state->cache_type);
+    Py_VISIT(state->cuda_cache_type);
     Py_VISIT(state->buffer_type);
+    Py_VISIT(state->libraries);
+#ifndef Py_GIL_DISABLED
+    Py_VISIT(state->table_type);
+#endif
     return 0;
 }
 
@@ -50,10 +58,16 @@ static int clear(PyObject *module)
 {
     sa_module *state = sa_module_of(module);
     Py_CLEAR(state->cache_type);
+    Py_CLEAR(state->cuda_cache_type);
     Py_CLEAR(state->buffer_type);
+    Py_CLEAR(state->libraries);
+#ifndef Py_GIL_DISABLED
+    Py_CLEAR(state->table_type);
+#endif
     Py_CLEAR(state->exchange_name);
     Py_CLEAR(state->dlpack_name);
     Py_CLEAR(state->device_name);
+    Py_CLEAR(state->interface_name);
     Py_CLEAR(state->grad_name);
     Py_CLEAR(state->negated_name);
     return 0;

@@ -1,8 +1,10 @@
 /* Auxiliary arguments: numbers, lists and arrays of any real or integer dtype, cast to dense float32 or int64; plain numbers. */
+#include <stdlib.h>
 #include <string.h>
 
 #include "../core/half.h"
-#include "raw.h"
+#include "../cuda/driver.h"
+#include "device.h"
 
 static double real_at(const char *at, DLDataType dtype)
 {
@@ -47,7 +49,7 @@ static bool is_exotic(PyArray_Descr *descr)
 }
 
 /* The raw view of an auxiliary argument; lists and NumPy scalars become arrays first. */
-static int raw_of_auxiliary(sa_call *call, const char *name, PyObject *object, sa_raw *out)
+static int open_auxiliary(sa_call *call, const char *name, PyObject *object, sa_raw *out)
 {
     sa_like like;
     if (PyArray_Check(object) && is_exotic(PyArray_DESCR((PyArrayObject *)object))) {
@@ -77,6 +79,14 @@ static int raw_of_auxiliary(sa_call *call, const char *name, PyObject *object, s
         return -1;
     }
     return 0;
+}
+
+static int raw_of_auxiliary(sa_call *call, const char *name, PyObject *object, sa_raw *out)
+{
+    call->auxiliary = true;
+    const int failed = open_auxiliary(call, name, object, out);
+    call->auxiliary = false;
+    return failed;
 }
 
 static int64_t element_count(const sa_raw *view)
@@ -111,6 +121,56 @@ static void *take_memory(sa_call *call, int64_t count, size_t size)
     return memory;
 }
 
+/* An array that stays where it is, for kernels to read. */
+static sa_device_numbers numbers_on_device(const sa_raw *view)
+{
+    static const int floats[] = {SA_NUMBER_F16, SA_NUMBER_F32, SA_NUMBER_F64}; /* 16, 32, 64 bits */
+    const int size = view->dtype.bits == 8 ? 0 : view->dtype.bits == 16 ? 1 : view->dtype.bits == 32 ? 2 : 3;
+    const int type = view->dtype.code == DL_INT     ? SA_NUMBER_I8 + size
+                     : view->dtype.code == DL_UINT  ? SA_NUMBER_U8 + size
+                     : view->dtype.code == DL_FLOAT ? floats[size - 1]
+                                                    : SA_NUMBER_BF16;
+    static const char nothing[1];
+    sa_device_numbers numbers = {.data = view->data != NULL ? view->data : nothing, .type = type}; /* empty arrays may have no memory */
+    memcpy(numbers.stride, view->stride, sizeof numbers.stride);
+    return numbers;
+}
+
+/* Brings an array of a device to the host, which waits for all that is before it on the stream of the call. The view then points to the
+ * copy, whose strides are the same. */
+static int pull(sa_call *call, sa_raw *view)
+{
+    int64_t low = 0, high = 0;
+    const int64_t size = view->dtype.bits / 8;
+    for (int axis = 0; axis < view->rank; axis++) {
+        const int64_t reach = (view->shape[axis] - 1) * view->stride[axis];
+        low += reach < 0 ? reach : 0;
+        high += reach > 0 ? reach : 0;
+    }
+    const bool empty = element_count(view) == 0;
+    char *copy = take_memory(call, empty ? 1 : high - low + 1, (size_t)size);
+    if (copy == NULL) {
+        return -1;
+    }
+    sa_device_scope scope;
+    sa_status status = empty ? SA_OK : sa_device_enter(call->function, view->device.device_id, &scope);
+    if (status == SA_OK && !empty) {
+        status = sa_device_copy_out(call->function, copy, view->data + low * size, (high - low + 1) * size, call->stream);
+        status = status == SA_OK ? sa_device_wait(call->function, call->stream) : status;
+        sa_device_leave(&scope);
+    }
+    sa_raise(status);
+    view->data = copy - low * size;
+    view->device = (DLDevice){DL_CPU, 0};
+    return status == SA_OK ? 0 : -1;
+}
+
+static bool checks_values(void)
+{
+    const char *wish = getenv("SINKATTN_CHECK");
+    return wish != NULL && wish[0] != '\0' && strcmp(wish, "0") != 0;
+}
+
 int sa_cast_floats(sa_call *call, const char *name, PyObject *object, sa_floats *out)
 {
     if (object == Py_None) {
@@ -125,6 +185,12 @@ int sa_cast_floats(sa_call *call, const char *name, PyObject *object, sa_floats 
     sa_raw view = {0};
     if (raw_of_auxiliary(call, name, object, &view) < 0) {
         return -1;
+    }
+    if (sa_is_cuda(view.device)) {
+        *out = (sa_floats){.rank = view.rank, .device = numbers_on_device(&view)};
+        out->data = out->device.data;
+        memcpy(out->shape, view.shape, sizeof out->shape);
+        return 0;
     }
     const int64_t count = element_count(&view);
     float *data = take_memory(call, count, sizeof *data);
@@ -158,6 +224,15 @@ int sa_cast_ints(sa_call *call, const char *name, PyObject *object, sa_ints *out
     const int64_t count = element_count(&view);
     if (!is_integer(view.dtype) && count > 0) {
         PyErr_Format(PyExc_TypeError, "%s(): %s holds floating-point numbers, expected integers", call->function, name);
+        return -1;
+    }
+    if (sa_is_cuda(view.device) && !(call->reads_device || checks_values())) {
+        *out = (sa_ints){.rank = view.rank, .device = numbers_on_device(&view)};
+        out->data = out->device.data;
+        memcpy(out->shape, view.shape, sizeof out->shape);
+        return 0;
+    }
+    if (sa_is_cuda(view.device) && pull(call, &view) < 0) {
         return -1;
     }
     int64_t *data = take_memory(call, count, sizeof *data);

@@ -2,8 +2,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "array.h"
-#include "numpy_api.h"
+#include "../cuda/driver.h"
+#include "device.h"
 
 typedef struct buffer {
     PyObject_HEAD
@@ -26,7 +26,16 @@ static DLTensor describe(const DLDevice device, sa_dtype dtype, int rank, int64_
     return (DLTensor){.device = device, .ndim = rank, .dtype = dl_dtype(dtype), .shape = shape, .strides = stride};
 }
 
-static PyObject *new_buffer(sa_call *call, sa_dtype dtype, int rank, const int64_t *shape)
+static sa_status allocate_on(const char *function, DLDevice device, int64_t bytes, void **data)
+{
+    sa_device_scope scope;
+    SA_TRY(sa_device_enter(function, device.device_id, &scope));
+    const sa_status status = sa_device_allocate(function, "a result", bytes, data);
+    sa_device_leave(&scope);
+    return status;
+}
+
+static PyObject *new_buffer(sa_call *call, DLDevice device, sa_dtype dtype, int rank, const int64_t *shape)
 {
     buffer *self = PyObject_New(buffer, call->module->buffer_type);
     if (self == NULL) {
@@ -37,8 +46,16 @@ static PyObject *new_buffer(sa_call *call, sa_dtype dtype, int rank, const int64
         self->shape[axis] = shape[axis];
         bytes *= shape[axis];
     }
-    self->tensor = describe((DLDevice){DL_CPU, 0}, dtype, rank, self->shape, self->stride);
-    if (posix_memalign(&self->tensor.data, 64, (size_t)(bytes > 0 ? bytes : 1)) != 0) {
+    self->tensor = describe(device, dtype, rank, self->shape, self->stride);
+    if (sa_is_cuda(device)) {
+        self->tensor.device.device_type = DL_CUDA;
+        const sa_status status = allocate_on(call->function, device, bytes, &self->tensor.data);
+        if (status != SA_OK) {
+            Py_DECREF(self);
+            sa_raise(status);
+            return NULL;
+        }
+    } else if (posix_memalign(&self->tensor.data, 64, (size_t)(bytes > 0 ? bytes : 1)) != 0) {
         self->tensor.data = NULL;
         Py_DECREF(self);
         return PyErr_NoMemory();
@@ -49,7 +66,12 @@ static PyObject *new_buffer(sa_call *call, sa_dtype dtype, int rank, const int64
 static void buffer_dealloc(PyObject *object)
 {
     PyTypeObject *type = Py_TYPE(object);
-    free(((buffer *)object)->tensor.data);
+    buffer *self = (buffer *)object;
+    if (self->tensor.device.device_type == DL_CUDA) {
+        sa_device_free(self->tensor.device.device_id, self->tensor.data);
+    } else {
+        free(self->tensor.data);
+    }
     PyObject_Free(object);
     Py_DECREF(type);
 }
@@ -133,10 +155,33 @@ static PyObject *buffer_dlpack(PyObject *self, PyObject *arguments, PyObject *ke
 
 static PyObject *buffer_device(PyObject *self, PyObject *unused)
 {
-    (void)self;
     (void)unused;
-    return Py_BuildValue("(ii)", DL_CPU, 0);
+    const DLDevice device = ((buffer *)self)->tensor.device;
+    return Py_BuildValue("(ii)", device.device_type, device.device_id);
 }
+
+/* Version 3, for libraries that know no DLPack. It has no bfloat16. The memory is ready: the call that filled it has waited. */
+static PyObject *buffer_interface(PyObject *object, void *unused)
+{
+    (void)unused;
+    const buffer *self = (buffer *)object;
+    if (self->tensor.device.device_type != DL_CUDA || self->tensor.dtype.code == DL_BFLOAT) {
+        PyErr_SetString(PyExc_AttributeError, "__cuda_array_interface__");
+        return NULL;
+    }
+    PyObject *shape = PyTuple_New(self->tensor.ndim);
+    for (int axis = 0; shape != NULL && axis < self->tensor.ndim; axis++) {
+        PyTuple_SET_ITEM(shape, axis, PyLong_FromLongLong(self->shape[axis]));
+    }
+    return shape == NULL ? NULL
+                         : Py_BuildValue("{s:N,s:s,s:(KO),s:O,s:i}", "shape", shape, "typestr", self->tensor.dtype.bits == 32 ? "<f4" : "<f2",
+                                         "data", (unsigned long long)(uintptr_t)self->tensor.data, Py_False, "strides", Py_None, "version", 3);
+}
+
+static PyGetSetDef buffer_getters[] = {
+    {"__cuda_array_interface__", buffer_interface, NULL, NULL, NULL},
+    {0},
+};
 
 static PyMethodDef buffer_methods[] = {
     {"__dlpack__", (PyCFunction)(void (*)(void))buffer_dlpack, METH_VARARGS | METH_KEYWORDS, NULL},
@@ -147,6 +192,7 @@ static PyMethodDef buffer_methods[] = {
 static PyType_Slot buffer_slots[] = {
     {Py_tp_dealloc, buffer_dealloc},
     {Py_tp_methods, buffer_methods},
+    {Py_tp_getset, buffer_getters},
     {Py_tp_doc, "A result on its way into another array library."},
     {0},
 };
@@ -180,18 +226,25 @@ static PyObject *numpy_result(const sa_like *like, sa_dtype dtype, int rank, con
     return array;
 }
 
+/* Libraries call every failure one of memory, and may say so at length: the first line names the trouble. */
 static void set_error(void *context, const char *kind, const char *message)
 {
     (void)context;
     (void)kind;
-    PyErr_SetString(PyExc_MemoryError, message);
+    const bool memory = strstr(message, "out of memory") != NULL || strstr(message, "allocate") != NULL;
+    PyObject *line = PyUnicode_DecodeUTF8(message, (Py_ssize_t)strcspn(message, "\n"), "replace");
+    if (line != NULL) {
+        PyErr_SetObject(memory ? PyExc_MemoryError : PyExc_RuntimeError, line);
+        Py_DECREF(line);
+    }
 }
 
-static PyObject *exchange_result(const sa_like *like, sa_dtype dtype, int rank, const int64_t *shape, void **data)
+static DLManagedTensorVersioned *exchange_memory(const sa_like *like, DLDataType dtype, int rank, const int64_t *shape)
 {
     int64_t extents[4] = {0}, stride[4] = {0};
     memcpy(extents, shape, (size_t)rank * sizeof *shape);
-    DLTensor prototype = describe(like->device, dtype, rank, extents, stride);
+    DLTensor prototype = describe(like->device, SA_F32, rank, extents, stride);
+    prototype.dtype = dtype;
     DLManagedTensorVersioned *managed = NULL;
     if (like->api->allocate(&prototype, &managed, NULL, set_error) != 0) {
         if (!PyErr_Occurred()) {
@@ -199,7 +252,21 @@ static PyObject *exchange_result(const sa_like *like, sa_dtype dtype, int rank, 
         }
         return NULL;
     }
-    *data = (char *)managed->dl_tensor.data + managed->dl_tensor.byte_offset;
+    return managed;
+}
+
+static void *data_of(const DLTensor *tensor)
+{
+    return (char *)tensor->data + tensor->byte_offset;
+}
+
+static PyObject *exchange_result(const sa_like *like, sa_dtype dtype, int rank, const int64_t *shape, void **data)
+{
+    DLManagedTensorVersioned *managed = exchange_memory(like, dl_dtype(dtype), rank, shape);
+    if (managed == NULL) {
+        return NULL;
+    }
+    *data = data_of(&managed->dl_tensor);
     void *object = NULL;
     if (like->api->managed_to_object(managed, &object) != 0) {
         if (!PyErr_Occurred()) {
@@ -210,6 +277,73 @@ static PyObject *exchange_result(const sa_like *like, sa_dtype dtype, int rank, 
     return object;
 }
 
+/* From the allocator of the library of `like`, asked in Python. Py_None where there is no way to ask. */
+static PyObject *library_memory(sa_call *call, const sa_like *like, const char *dtype, int rank, const int64_t *shape, void **data)
+{
+    PyObject *extents = PyTuple_New(rank);
+    for (int axis = 0; extents != NULL && axis < rank; axis++) {
+        PyTuple_SET_ITEM(extents, axis, PyLong_FromLongLong(shape[axis]));
+    }
+    PyObject *array = extents != NULL ? sa_ask_library(call, "empty", "(ONz)", like->object, extents, dtype) : NULL;
+    if (array == NULL || array == Py_None) {
+        return array;
+    }
+    sa_raw view = {0};
+    sa_like own;
+    if (sa_raw_of_object(call, "a new array", array, &view, &own) != 1) {
+        Py_DECREF(array);
+        return NULL;
+    }
+    *data = view.data;
+    return array;
+}
+
+/* A result on CUDA for a library without a table: made by it where it can be asked, else a buffer that it imports in the end. */
+static PyObject *library_result(sa_call *call, const sa_like *like, sa_dtype dtype, int rank, const int64_t *shape, void **data)
+{
+    PyObject *array = library_memory(call, like, dtype == SA_F32 ? "float32" : NULL, rank, shape, data);
+    if (array != Py_None) {
+        return array;
+    }
+    Py_DECREF(array);
+    array = new_buffer(call, like->device, dtype, rank, shape);
+    if (array != NULL) {
+        *data = ((buffer *)array)->tensor.data;
+    }
+    return array;
+}
+
+static void delete_memory(PyObject *capsule)
+{
+    DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, "sinkattn.memory");
+    managed->deleter(managed);
+}
+
+PyObject *sa_new_device_buffer(sa_call *call, DLDevice device, int64_t bytes, void **data)
+{
+    const int64_t words = (bytes + 3) / 4;
+    PyObject *owner = new_buffer(call, device, SA_F32, 1, &words);
+    *data = owner != NULL ? ((buffer *)owner)->tensor.data : NULL;
+    return owner;
+}
+
+int sa_new_memory(sa_call *call, const sa_like *like, int64_t bytes, void **data)
+{
+    PyObject *owner = NULL;
+    if (like->kind == SA_KIND_EXCHANGE) {
+        DLManagedTensorVersioned *managed = exchange_memory(like, (DLDataType){DL_UINT, 8, 1}, 1, &bytes);
+        owner = managed != NULL ? PyCapsule_New(managed, "sinkattn.memory", delete_memory) : NULL;
+        *data = managed != NULL ? data_of(&managed->dl_tensor) : NULL;
+    } else {
+        owner = library_memory(call, like, "uint8", 1, &bytes, data);
+        if (owner == Py_None) {
+            Py_DECREF(owner);
+            owner = sa_new_device_buffer(call, like->device, bytes, data);
+        }
+    }
+    return owner == NULL ? -1 : sa_hold(call, owner);
+}
+
 PyObject *sa_new_result(sa_call *call, const sa_like *like, sa_dtype dtype, int rank, const int64_t *shape, void **data)
 {
     if (like->kind == SA_KIND_NUMPY) {
@@ -218,7 +352,10 @@ PyObject *sa_new_result(sa_call *call, const sa_like *like, sa_dtype dtype, int 
     if (like->kind == SA_KIND_EXCHANGE) {
         return exchange_result(like, dtype, rank, shape, data);
     }
-    PyObject *result = new_buffer(call, dtype, rank, shape);
+    if (sa_is_cuda(like->device)) {
+        return library_result(call, like, dtype, rank, shape, data);
+    }
+    PyObject *result = new_buffer(call, like->device, dtype, rank, shape);
     if (result != NULL) {
         *data = ((buffer *)result)->tensor.data;
     }
@@ -278,11 +415,23 @@ static PyObject *numpy_over_buffer(PyObject *result)
     return array;
 }
 
+static PyObject *take_on_cuda(sa_call *call, const sa_like *like, PyObject *result)
+{
+    if (Py_TYPE(result) != call->module->buffer_type) {
+        return result; /* the library made it */
+    }
+    PyObject *converted = sa_ask_library(call, "take", "(OO)", like->object, result);
+    Py_DECREF(result);
+    return converted;
+}
+
 PyObject *sa_finish_result(sa_call *call, const sa_like *like, PyObject *result)
 {
-    (void)call;
     if (like->kind != SA_KIND_DLPACK || result == NULL) {
         return result;
+    }
+    if (sa_is_cuda(like->device)) {
+        return take_on_cuda(call, like, result);
     }
     PyObject *from_dlpack = find_from_dlpack(like->object);
     PyObject *converted = from_dlpack != NULL ? PyObject_CallOneArg(from_dlpack, result) : numpy_over_buffer(result);

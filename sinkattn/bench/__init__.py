@@ -8,6 +8,7 @@ and beside what else is there.
     counts.py     pairs, flops, bytes, percentages: plain arithmetic
     machine.py    the processor, and its peaks measured beside the works
     cpu.py        one run: works -> results
+    cuda.py, cuda_works.py   the same on a GPU, against torch's paths, by captured graphs
     report.py, plot.py   results -> table, roofline
 
 A device is a module with `run(options, say) -> results` in the form that cpu.run describes; the

@@ -76,7 +76,7 @@ def test_every_argument(table):
 
 
 @given(data=st.data())
-def test_any_sequence_of_calls(data):
+def test_any_sequence_of_calls(data, device):
     """Rows at their own lengths and phases; reset, reorder, copy, crop in between."""
     draw = data.draw
     random = np.random.default_rng(draw(st.integers(0, 2**31)))
@@ -118,7 +118,7 @@ def test_any_sequence_of_calls(data):
             ours = resumed
 
 
-def test_memory_is_constant_and_known():
+def test_memory_is_constant_and_known(device):
     cache = SinkCache(2, 2, 32, v_head_dim=16, sinks=4, window=10, rollback=2, dtype="float16")
     assert cache.nbytes == 2 * 2 * 16 * (32 + 16) * 2 + 2 * 2 * 8
     before = cache.nbytes
@@ -137,7 +137,7 @@ def test_evicted_nan_never_comes_back(table):
 
 
 @pytest.mark.parametrize("rope", ["raw", "applied"])
-def test_angles_are_right_at_position_ten_million(rope):
+def test_angles_are_right_at_position_ten_million(rope, device):
     """float32 angles are off by 0.1 rad there; a model with the same relative distances is not."""
     random = np.random.default_rng(4)
     far = 10_000_000
@@ -155,7 +155,7 @@ def test_angles_are_right_at_position_ten_million(rope):
     assert relative_error(a, b) < 3e-6
 
 
-def test_state_survives_a_file(tmp_path):
+def test_state_survives_a_file(tmp_path, device):
     random = np.random.default_rng(5)
     for dtype in DTYPES:
         cache, _ = pair(rope=ROPES["raw"], dtype=dtype)
@@ -168,7 +168,7 @@ def test_state_survives_a_file(tmp_path):
         np.testing.assert_array_equal(cache.attend(q, k, v), twin.attend(q, k, v))
 
 
-def test_a_hostile_state_is_refused_and_changes_nothing():
+def test_a_hostile_state_is_refused_and_changes_nothing(device):
     random = np.random.default_rng(6)
     cache, _ = pair(rope=ROPES["raw"])
     cache.attend(*chunk(random, 25))
@@ -195,7 +195,7 @@ def test_a_hostile_state_is_refused_and_changes_nothing():
         np.testing.assert_array_equal(x, good[name])
 
 
-def test_a_failed_call_leaves_the_cache_as_it_was():
+def test_a_failed_call_leaves_the_cache_as_it_was(device, monkeypatch):
     random = np.random.default_rng(7)
     cache, model = pair(rope=ROPES["raw"])
     step(cache, model, *chunk(random, 25))
@@ -204,6 +204,8 @@ def test_a_failed_call_leaves_the_cache_as_it_was():
     for bad in ((q, k, v[:, :, :3]), (q, k[..., :31], v), (q.astype(np.float16), k, v), (q, None, v)):
         with pytest.raises((ValueError, TypeError)):
             cache.attend(*bad)
+    if device == "cuda_numbers":  # not read there unless asked for
+        monkeypatch.setenv("SINKATTN_CHECK", "1")
     with pytest.raises(ValueError, match="new_lengths"):
         cache.attend(q, k, v, new_lengths=[1, 5])
     for name, x in cache.state_dict().items():
@@ -211,7 +213,7 @@ def test_a_failed_call_leaves_the_cache_as_it_was():
     step(cache, model, q, k, v)
 
 
-def test_copies_share_nothing_and_pickle_is_refused():
+def test_copies_share_nothing_and_pickle_is_refused(device):
     random = np.random.default_rng(8)
     cache, _ = pair()
     cache.attend(*chunk(random, 12))
@@ -231,7 +233,9 @@ def test_copies_share_nothing_and_pickle_is_refused():
     ({"window": 2**70}, ValueError, "window"),
     ({"window": 2**60}, ValueError, "does not fit"),
     ({"dtype": "float64"}, TypeError, "dtype"),
-    ({"device": "cuda"}, NotImplementedError, "cpu"),
+    ({"device": "tpu"}, NotImplementedError, "device is tpu; the backends are: cpu, cuda"),
+    ({"device": "cuda:x"}, NotImplementedError, "device is cuda:x"),
+    ({"storage": np.zeros(9)}, ValueError, "storage is for CUDA"),
     ({"positions": "text"}, ValueError, "positions"),
     ({"rope": 1.0}, TypeError, "rope"),
     ({"rope": Rope.from_theta(64)}, ValueError, "rope has 32"),

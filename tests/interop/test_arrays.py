@@ -56,14 +56,20 @@ def test_the_library_of_an_array_makes_its_result():
     np.testing.assert_array_equal(out, attend(x, x, x))
 
 
-def test_memory_of_a_device_is_refused_by_name():
+@pytest.mark.parametrize(("device", "error", "match"), [
+    ((2, 0), ValueError, r"k is on cuda:0, expected the CPU \(the device of q\)"),
+    ((10, 0), NotImplementedError, r"k is on DLPack device type 10.*the backends are: cpu, cuda"),
+])
+def test_memory_of_another_device_is_refused_by_name(device, error, match):
     class OnDevice(Foreign):
         def __dlpack_device__(self):
-            return (2, 0)
+            return device
 
     x = np.zeros((1, 1, 1, 8), np.float32)
-    with pytest.raises(NotImplementedError, match=r"attend\(\): k is on DLPack device type 2.*cpu"):
+    with pytest.raises(error, match=r"attend\(\): " + match):
         attend(x, OnDevice(x), x)
+    with pytest.raises(error, match="sink_logits is on"):
+        attend(x, x, x, sink_logits=OnDevice(x[0, 0, 0, :1]))
 
 
 def test_import_needs_numpy_alone():

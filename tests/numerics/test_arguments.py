@@ -93,7 +93,7 @@ def test_packed_sequences_equal_separate_calls(table):
 
 
 @given(data=st.data())
-def test_any_call_agrees_with_the_reference(data):
+def test_any_call_agrees_with_the_reference(data, device):
     """Combinations that nobody thought of."""
     draw = data.draw
     random = np.random.default_rng(draw(st.integers(0, 2**31)))

@@ -1,0 +1,282 @@
+#include "choose.h"
+
+#include <math.h>
+#include <stdbool.h>
+
+#include "../core/integers.h"
+
+/* Order: f16 and bf16 by depth for decode, then prefill, then the rest. */
+enum { DECODE, PREFILL = DECODE + 6, ATTEND_F32 = PREFILL + 6, ROTATE = ATTEND_F32 + 3, COMMIT, MASS };
+
+const sa_cuda_kernel sa_cuda_kernels[] = {
+    {"decode_f16_64", "decode"},         {"decode_f16_128", "decode"},         {"decode_f16_256", "decode"},
+    {"decode_bf16_64", "decode"},        {"decode_bf16_128", "decode"},        {"decode_bf16_256", "decode"},
+    {"prefill_f16_64", "prefill_sm80"},  {"prefill_f16_128", "prefill_sm80"},  {"prefill_f16_256", "prefill_sm80"},
+    {"prefill_bf16_64", "prefill_sm80"}, {"prefill_bf16_128", "prefill_sm80"}, {"prefill_bf16_256", "prefill_sm80"},
+    {"attend_f32_64", "attend_f32"},     {"attend_f32_128", "attend_f32"},     {"attend_f32_256", "attend_f32"},
+    {"cache_rotate", "cache"},           {"cache_commit", "cache"},
+    {"mass", "mass"},
+};
+const int sa_cuda_kernel_count = sizeof sa_cuda_kernels / sizeof sa_cuda_kernels[0];
+
+/* What a launch needs to know of a problem. */
+typedef struct outline {
+    int64_t group, rows; /* rows: batch rows or packed sequences */
+    int64_t keys;        /* keys that a query may see, at most */
+    int bucket;          /* 0, 1, 2 for depths up to 64, 128, 256 */
+    int64_t depth;       /* of the bucket */
+    int64_t key_bytes;   /* of a key and its value */
+} outline;
+
+static outline outline_of(const sa_cuda_problem *p)
+{
+    outline o = {.group = p->heads_q / p->heads_kv, .rows = p->sequences > 0 ? p->sequences : p->batch};
+    const int64_t depth = max_i64(p->depth, p->depth_v);
+    o.bucket = depth <= 64 ? 0 : depth <= 128 ? 1 : 2;
+    o.depth = 64 << o.bucket;
+    o.key_bytes = (p->depth + p->depth_v) * (p->dtype == SA_CUDA_F32 ? 4 : 2);
+    o.keys = p->learned;
+    if (p->cache.keys != NULL) {
+        o.keys += p->pinned + min_i64(p->cache.window, INT64_MAX / 4) + p->query_length;
+    } else if (p->window.given && p->window.data == NULL && p->window.value >= 1.0 && p->window.value < (double)p->kv_length) {
+        const int64_t seen = (int64_t)p->window.value * (p->causal ? 1 : 2) + p->query_length + p->pinned;
+        o.keys += min_i64(seen, p->kv_length);
+    } else {
+        o.keys += p->kv_length;
+    }
+    return o;
+}
+
+/* Row tiles of one kv head. Packed sequences are tiled one by one, so each may leave one tile unfilled. */
+static int64_t tiles_of(const sa_cuda_problem *p, const outline *o, int64_t tile)
+{
+    return p->sequences > 0 ? ceil_div(p->query_length * o->group, tile) + p->sequences : ceil_div(p->query_length * o->group, tile);
+}
+
+static int64_t units_of(const sa_cuda_problem *p, const outline *o, int64_t tile)
+{
+    return tiles_of(p, o, tile) * p->heads_kv * (p->sequences > 0 ? 1 : p->batch);
+}
+
+/* One way to run a kernel: CTAs at a time, and what splits cost. */
+typedef struct layout {
+    int64_t slots;   /* CTAs that run at a time */
+    int64_t an_sm;   /* of them on one multiprocessor */
+    int64_t cluster; /* up to so many splits meet in a cluster */
+    int64_t most;    /* splits */
+} layout;
+
+/* May the splits of a tile be a cluster? Powers of two, and all clusters at once: a group of multiprocessors that a cluster does not fill stays
+ * idle, so that of 132 about 120 serve. */
+static bool is_cluster(const layout *l, int64_t units, int64_t splits)
+{
+    const bool power = splits > 1 && splits <= l->cluster && (splits & (splits - 1)) == 0;
+    return power && (units * splits <= l->slots * 9 / 10 || (splits == 2 && units * splits <= l->slots));
+}
+
+/* Nanoseconds that a layout needs, from what was measured on an H200: a multiprocessor draws 66 bytes/ns and all of them together 4600; a CTA's
+ * beginning and end take 3 us, meeting in a cluster 1 us, in scratch 4 us and with small CTAs 9. Only the order of the results matters. */
+static double cost_of(const layout *l, int64_t units, int64_t keys, int64_t key_bytes, int64_t splits)
+{
+    const int64_t ctas = units * splits, running = min_i64(ctas, l->slots);
+    const double waves = (double)ceil_div(ctas, l->slots), bytes = (double)ceil_div(keys, splits) * (double)key_bytes;
+    const double alone = bytes / 66.0 * (double)ceil_div(running * l->an_sm, l->slots), together = bytes * (double)(running + 2) / 4600.0;
+    const double meeting = splits == 1 ? 0.0 : is_cluster(l, units, splits) ? 1000.0 : (l->an_sm == 1 ? 4000.0 : 9000.0) + 10.0 * (double)splits;
+    return waves * ((alone > together ? alone : together) + 3000.0) + meeting;
+}
+
+static int64_t splits_of(const layout *l, int64_t units, int64_t keys, int64_t key_bytes, double *cost)
+{
+    int64_t best = 1;
+    *cost = HUGE_VAL;
+    for (int64_t splits = 1; splits <= l->most; splits++) {
+        const double own = cost_of(l, units, keys, key_bytes, splits);
+        if (own < *cost) {
+            best = splits;
+            *cost = own;
+        }
+    }
+    return best;
+}
+
+static bool push(sa_cuda_plan *plan, int kernel, int64_t grid, int64_t block, int64_t cluster, int64_t shared)
+{
+    if (grid > INT32_MAX) {
+        return false;
+    }
+    if (grid > 0) {
+        plan->launches[plan->launch_count++] =
+            (sa_cuda_launch){kernel, (uint32_t)grid, (uint32_t)block, (uint32_t)cluster, (uint32_t)shared};
+    }
+    return true;
+}
+
+static int64_t reserve(sa_cuda_plan *plan, int64_t bytes)
+{
+    const int64_t offset = plan->scratch_bytes;
+    plan->scratch_bytes += round_up(bytes, 256);
+    return offset;
+}
+
+static void reserve_partials(sa_cuda_problem *p, sa_cuda_plan *plan, int64_t units, int64_t tile)
+{
+    if (p->splits > 1 && !p->clustered) {
+        p->partial_offset = reserve(plan, units * p->splits * tile * p->depth_v * 4);
+        p->state_offset = reserve(plan, units * p->splits * tile * 2 * 4);
+        plan->counter_count += units;
+    }
+}
+
+/* A step of one token is one launch, unless the mass pass has to see the cache as it was. */
+static bool is_step(const sa_cuda_problem *p)
+{
+    return p->cache.keys != NULL && p->query_length == 1 && p->dtype != SA_CUDA_F32 && p->mass == NULL;
+}
+
+static bool plan_decode(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
+{
+    const int64_t units = units_of(p, o, SA_DECODE_ROWS), slice = SA_DECODE_SLICE(o->depth);
+    const int64_t a_warp = SA_DECODE_STAGES * slice * o->depth * 2 * 2, fixed = SA_DECODE_SHARED(o->depth);
+    const int64_t warps_fit = clamp_i64((device->shared_limit - fixed) / a_warp, 1, SA_DECODE_WARPS);
+    const int64_t half = min_i64(warps_fit, SA_DECODE_WARPS / 2), most = clamp_i64(o->keys / (8 * slice), 1, 128);
+    const bool two = half < warps_fit && 2 * (half * a_warp + fixed + 1024) <= device->shared_limit + 1024;
+    const int64_t cluster = device->capability == 90 ? min_i64(device->cluster_limit, SA_DECODE_CLUSTER) : 0;
+    const layout large = {device->multiprocessors, 1, cluster, most};
+    const layout small = {2 * device->multiprocessors, 2, 0, most};
+    double cost, other_cost = HUGE_VAL;
+    int64_t warps = warps_fit;
+    p->splits = (int32_t)splits_of(&large, units, o->keys, o->key_bytes, &cost);
+    p->clustered = is_cluster(&large, units, p->splits);
+    const int64_t other = two ? splits_of(&small, units, o->keys, o->key_bytes, &other_cost) : 1;
+    if (other_cost < cost) {
+        p->splits = (int32_t)other;
+        p->clustered = 0;
+        warps = half;
+    }
+    p->row_tiles = tiles_of(p, o, SA_DECODE_ROWS);
+    reserve_partials(p, plan, units, SA_DECODE_ROWS);
+    p->append = is_step(p);
+    if (p->append) {
+        plan->counter_count += p->batch;
+    }
+    const int kernel = DECODE + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
+    return push(plan, kernel, units * p->splits, 32 * warps, p->clustered ? p->splits : 1, fixed + warps * a_warp);
+}
+
+static bool plan_f32(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
+{
+    const int64_t units = units_of(p, o, SA_F32_ROWS);
+    const layout each = {2 * device->multiprocessors, 2, 0, clamp_i64(o->keys / 128, 1, 128)};
+    double cost;
+    p->splits = (int32_t)splits_of(&each, units, o->keys, o->key_bytes, &cost);
+    p->row_tiles = tiles_of(p, o, SA_F32_ROWS);
+    reserve_partials(p, plan, units, SA_F32_ROWS);
+    return push(plan, ATTEND_F32 + o->bucket, units * p->splits, 32 * SA_F32_WARPS, 1, SA_F32_SHARED(o->depth));
+}
+
+static bool plan_prefill(sa_cuda_problem *p, const outline *o, sa_cuda_plan *plan)
+{
+    p->splits = 1;
+    p->row_tiles = tiles_of(p, o, SA_PREFILL_ROWS);
+    const int kernel = PREFILL + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
+    return push(plan, kernel, units_of(p, o, SA_PREFILL_ROWS), 32 * SA_PREFILL_WARPS, 1, SA_PREFILL_SHARED(o->depth));
+}
+
+/* A chunk is turned beforehand unless the decode kernel turns it on its way in. */
+static bool plan_rotate(sa_cuda_problem *p, sa_cuda_plan *plan)
+{
+    const bool turns = p->cache.pairs > 0 && (!p->cache.applied || (p->cache.slot_positions && p->pinned > 0));
+    if (p->cache.keys == NULL || !turns || is_step(p)) {
+        return true;
+    }
+    const int64_t tokens = p->batch * p->query_length, size = p->dtype == SA_CUDA_F32 ? 4 : 2;
+    p->rotated_offset = reserve(plan, tokens * (2 * p->heads_q + p->heads_kv) * p->depth * size);
+    return push(plan, ROTATE, tokens, 32 * SA_CACHE_WARPS, 1, SA_ROTATE_SHARED);
+}
+
+static bool plan_mass(const sa_cuda_problem *p, sa_cuda_plan *plan)
+{
+    if (p->mass == NULL) {
+        return true;
+    }
+    const int64_t runs = p->cache.keys != NULL ? 5 : 2, keys = p->cache.keys != NULL ? p->mass_length + p->query_length : p->kv_length;
+    const int64_t tiles = p->sequences > 0 ? ceil_div(keys, SA_MASS_KEYS) + 2 * p->sequences : ceil_div(keys, SA_MASS_KEYS) + runs;
+    return push(plan, MASS, tiles * p->heads_kv * (p->sequences > 0 ? 1 : p->batch), 32 * SA_MASS_WARPS, 1, SA_MASS_SHARED(p->depth));
+}
+
+static bool prefers_decode(const sa_cuda_problem *p, const outline *o)
+{
+    if (p->sequences > 0) {
+        return p->query_length <= 2 * p->sequences;
+    }
+    return p->query_length <= 16 || p->query_length * o->group <= 64;
+}
+
+static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_t size)
+{
+    const int64_t strides = tensor->batch | tensor->head | tensor->token;
+    return tensor->data == NULL || (((uintptr_t)tensor->data | (uintptr_t)(strides * size) | (uintptr_t)(depth * size)) & 15) == 0;
+}
+
+static bool reads_pieces(const sa_cuda_problem *p)
+{
+    const int64_t size = p->dtype == SA_CUDA_F32 ? 4 : 2;
+    return tensor_in_pieces(&p->key, p->depth, size) && tensor_in_pieces(&p->value, p->depth_v, size) &&
+           tensor_in_pieces(&p->sink_key, p->depth, size) && tensor_in_pieces(&p->sink_value, p->depth_v, size);
+}
+
+/* What saves the kernels a look at several places. */
+static void summarise(sa_cuda_problem *p)
+{
+    const int64_t slots = p->pinned + p->cache.capacity;
+    const bool cached = p->cache.keys != NULL;
+    p->aligned = reads_pieces(p);
+    p->group = (int32_t)(p->heads_q / p->heads_kv);
+    p->apart = cached || p->window.given || p->sink_query.data != NULL || p->sink_bias.given;
+    p->common_window = cached ? min_i64(p->cache.window, SA_CUDA_NO_WINDOW) : SA_CUDA_NO_WINDOW;
+    if (!cached && p->window.given) {
+        const double width = p->window.value;
+        p->common_window = p->window.data != NULL ? 0 : width >= 1.0 && width < (double)SA_CUDA_NO_WINDOW ? (int64_t)width : SA_CUDA_NO_WINDOW;
+    }
+    p->held_key = cached ? (sa_cuda_tensor){p->cache.keys, p->heads_kv * slots * p->depth, slots * p->depth, p->depth} : p->key;
+    p->held_value = cached ? (sa_cuda_tensor){p->cache.values, p->heads_kv * slots * p->depth_v, slots * p->depth_v, p->depth_v} : p->value;
+    p->lean = p->query_length == 1 && p->sequences == 0 && p->common_window > 0 && p->dtype != SA_CUDA_F32;
+}
+
+int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan)
+{
+    *plan = (sa_cuda_plan){.path = "none"};
+    problem->splits = 1;
+    problem->clustered = problem->append = 0;
+    problem->partial_offset = problem->state_offset = problem->row_tiles = 0;
+    problem->lse_offset = problem->rotated_offset = -1;
+    summarise(problem);
+    if (problem->batch == 0 || problem->query_length == 0) {
+        return 0;
+    }
+    const outline o = outline_of(problem);
+    if (problem->mass != NULL && problem->lse == NULL) {
+        problem->lse_offset = reserve(plan, problem->batch * problem->heads_q * problem->query_length * 4);
+    }
+    bool fits = plan_rotate(problem, plan);
+    const int attend = plan->launch_count;
+    if (problem->dtype == SA_CUDA_F32) {
+        fits = fits && plan_f32(problem, device, &o, plan);
+    } else if (prefers_decode(problem, &o)) {
+        fits = fits && plan_decode(problem, device, &o, plan);
+    } else {
+        fits = fits && plan_prefill(problem, &o, plan);
+    }
+    fits = fits && plan_mass(problem, plan);
+    if (problem->cache.keys != NULL && !problem->append) {
+        plan->counter_count += problem->batch;
+        const int64_t written = min_i64(problem->query_length, 2 * SA_COMMIT_TOKENS + problem->pinned + problem->cache.capacity);
+        const int64_t parts = ceil_div(written, SA_COMMIT_TOKENS);
+        fits = fits && push(plan, COMMIT, problem->batch * problem->heads_kv * parts, 32 * SA_CACHE_WARPS, 1, 0);
+    }
+    if (!fits) {
+        return -1;
+    }
+    plan->path = sa_cuda_kernels[plan->launches[attend].kernel].name;
+    return 0;
+}

@@ -1,0 +1,66 @@
+/* Which kernels serve a problem, and how: pure functions of the shape and the device, tested without a GPU.
+ *
+ * Kernels, by file; <t> is f16 or bf16, <d> the smallest of 64, 128, 256 that holds depth and depth_v. Every one takes one
+ * sa_cuda_problem by value and has only dynamic shared memory, whose size, like grid, block and cluster, is in its sa_cuda_launch.
+ *
+ *   decode.cu        decode_<t>_<d>    few query rows: keys split over CTAs; with `append` the whole streaming step
+ *   prefill_sm80.cu  prefill_<t>_<d>   many query rows
+ *   attend_f32.cu    attend_f32_<d>    fp32, both
+ *   cache.cu         cache_rotate      rotates a chunk into scratch
+ *                    cache_commit      writes a chunk into the slots and advances lengths and lows
+ *   mass.cu          mass              per-key mass from lse
+ *
+ * For every kernel the host sets MAX_DYNAMIC_SHARED_SIZE_BYTES to the device's opt-in limit, and for decode on sm_90
+ * NON_PORTABLE_CLUSTER_SIZE_ALLOWED to 1. */
+#ifndef SA_CUDA_CHOOSE_H
+#define SA_CUDA_CHOOSE_H
+
+#include "params.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct sa_cuda_device {
+    int32_t capability;      /* 90 for sm_90 */
+    int32_t multiprocessors;
+    int32_t shared_limit;    /* opt-in bytes of shared memory a block */
+    int32_t cluster_limit;   /* largest cluster of decode kernels with all of an SM's shared memory that the device runs: 0, 8 or 16. 0 as well
+                              * where the decode kernels that were loaded were not compiled for sm_90 (CU_FUNC_ATTRIBUTE_PTX_VERSION) */
+} sa_cuda_device;
+
+typedef struct sa_cuda_launch {
+    int32_t kernel; /* index of sa_cuda_kernel */
+    uint32_t grid;  /* CTAs, one axis */
+    uint32_t block;
+    uint32_t cluster; /* CTAs; 1: none */
+    uint32_t shared;  /* dynamic bytes */
+} sa_cuda_launch;
+
+enum { SA_CUDA_MAX_LAUNCHES = 4 };
+
+/* Launches in order; none of them where there is nothing to do (no output element and no token to append). */
+typedef struct sa_cuda_plan {
+    sa_cuda_launch launches[SA_CUDA_MAX_LAUNCHES];
+    int launch_count;
+    int64_t scratch_bytes;
+    int64_t counter_count;
+    const char *path; /* name of the attention kernel, for counters of paths and benchmarks */
+} sa_cuda_plan;
+
+typedef struct sa_cuda_kernel {
+    const char *name;  /* symbol */
+    const char *image; /* stem of the .cu file */
+} sa_cuda_kernel;
+
+extern const sa_cuda_kernel sa_cuda_kernels[];
+extern const int sa_cuda_kernel_count;
+
+/* Fills the last block of the problem and the plan. Returns 0, or -1 where a grid would be larger than 2^31 - 1 CTAs. */
+int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

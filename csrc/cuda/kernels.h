@@ -1,0 +1,24 @@
+/* Kernels by index: loaded, finalised once per device, launched.
+ *
+ * Indices are those of sa_cuda_kernels (choose.h), then the host's own. */
+#ifndef SA_KERNELS_H
+#define SA_KERNELS_H
+
+#include "driver.h"
+
+/* `pod` is the kernel's only parameter, passed by value. */
+sa_status sa_device_launch(const char *function, const sa_device_scope *scope, const sa_cuda_launch *launch, void *pod, void *stream);
+
+/* Writes bytes of the host to the device, as parameters of kernels: asynchronous, and a captured graph holds the bytes themselves.
+ * `bytes` and `target` are multiples of 4. */
+sa_status sa_device_stage(const char *function, const sa_device_scope *scope, void *target, const void *source, int64_t bytes, void *stream);
+
+/* Fills cluster_limit, for which a kernel must be loaded. Called once a device, with the device current. */
+sa_status sa_device_cluster_limit(const char *function, const sa_device_scope *scope, int32_t *limit);
+
+/* How often each kernel was launched since the process started. */
+int sa_cuda_kernel_total(void);
+const char *sa_cuda_kernel_name(int index);
+int64_t sa_cuda_kernel_calls(int index);
+
+#endif

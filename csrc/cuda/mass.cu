@@ -1,0 +1,214 @@
+/* Per-key mass: the softmax weight that each key received, mean over the group, sum or maximum over the queries.
+ *
+ *   mass_j = sum or max over i of  mean over h of  2^(s_hij - lse_hi)
+ *
+ * A second, key-stationary pass that computes the scores again and weighs them with the known lse: one writer for each key, no atomics.
+ * One CTA per 64 keys of one run of one kv head; a thread owns a key and every fourth query of a tile of 16 rows (whole queries where the group
+ * fits). flops = 2 * depth * visible pairs * heads_q on plain FMA units: right before fast. */
+#include "finish.cuh"
+
+namespace sa {
+
+constexpr int mass_keys = SA_MASS_KEYS, mass_rows = SA_MASS_ROWS, mass_parts = 32 * SA_MASS_WARPS / SA_MASS_KEYS;
+
+struct mass_shared {
+    place at;
+    run_list list;
+    int64_t first, window; /* first key of the run; widest window of the group */
+    int64_t first_query, end_query;
+    int run, kv_head;
+};
+
+/* Where the mass of key 0 of a run goes, and how many keys at the front are not reported. */
+struct mass_place {
+    int64_t index, skip;
+};
+
+/* Mass of a cache goes to the place that a position has among the positions held after the call. */
+__device__ mass_place place_mass(const sa_cuda_problem &p, const place &at, const run &r)
+{
+    if (p.cache.keys == nullptr) {
+        return {at.key_begin + r.position, 0};
+    }
+    if (r.kind == run_pinned) {
+        return {r.position, 0};
+    }
+    const int64_t length = at.length + at.query_count, low = most(at.low, length - p.cache.capacity);
+    return {least(p.pinned, length) + r.position - low, clamp(low - r.position, 0, r.count)};
+}
+static_assert(sizeof(mass_shared) <= SA_ROWS_SHARED, "room for what is known of the rows");
+
+__device__ __forceinline__ float load_wide(const sa_cuda_problem &p, const char *row, int64_t d)
+{
+    return p.dtype == SA_CUDA_F32   ? ((const float *)row)[d]
+           : p.dtype == SA_CUDA_F16 ? f16::wide(((const uint16_t *)row)[d])
+                                    : bf16::wide(((const uint16_t *)row)[d]);
+}
+
+/* Goes to the run and the keys of part `index` of a row; false where it has fewer. */
+__device__ bool find_keys(mass_shared &s, int64_t &index)
+{
+    for (int i = 0; i < s.list.count; i++) {
+        const int64_t tiles = s.list.runs[i].kind == run_learned ? 0 : (s.list.runs[i].count + mass_keys - 1) / mass_keys;
+        if (index < tiles) {
+            s.run = i;
+            s.first = index * mass_keys;
+            return true;
+        }
+        index -= tiles;
+    }
+    return false;
+}
+
+/* Which queries of the row may see the keys. */
+__device__ void find_queries(const sa_cuda_problem &p, mass_shared &s)
+{
+    const run &r = s.list.runs[s.run];
+    const int64_t group = p.heads_q / p.heads_kv, last = least(s.first + mass_keys, r.count) - 1;
+    s.window = 1;
+    for (int64_t h = 0; h < group; h++) {
+        s.window = most(s.window, window_of(p, s.kv_head * group + h));
+    }
+    const int64_t counted = p.mass_queries < 0 ? 0 : most(s.at.query_count - p.mass_queries, 0);
+    int64_t first = r.position + s.first - s.at.position, end = s.at.query_count;
+    if (!p.causal) {
+        first = r.kind == run_plain ? first - s.window + 1 : 0;
+    }
+    if (r.kind == run_plain) {
+        end = least(end, r.position + last + s.window - s.at.position);
+    }
+    s.first_query = most(first, counted);
+    s.end_query = end;
+}
+
+/* Place, runs, keys and queries of a CTA. All lanes of a warp. */
+__device__ bool begin_mass(const sa_cuda_problem &p, mass_shared &s)
+{
+    const int lane = threadIdx.x % 32;
+    const int head = (int)(blockIdx.x % p.heads_kv);
+    int64_t index = blockIdx.x / p.heads_kv, rows = p.sequences, row = 0;
+    if (p.sequences == 0) {
+        const int64_t each = gridDim.x / (p.heads_kv * p.batch);
+        row = index / each;
+        index %= each;
+        rows = row + 1;
+    }
+    bool found = false;
+    for (; row < rows && !found; row++) {
+        const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
+        __syncwarp();
+        fill_runs(run_of(p, at, head, lane), s.list);
+        __syncwarp();
+        if (lane == 0) {
+            s.at = at;
+            s.kv_head = head;
+            found = find_keys(s, index);
+            if (found) {
+                find_queries(p, s);
+            }
+        }
+        found = __shfl_sync(~0u, found, 0);
+        index = __shfl_sync(~0u, index, 0);
+    }
+    return found;
+}
+
+__device__ void load_wide_rows(const sa_cuda_problem &p, const char *source, int64_t stride, int rows, float *target)
+{
+    const int width = (int)p.depth;
+    for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
+        target[i / width * (width + 1) + i % width] = load_wide(p, source + i / width * stride, i % width);
+    }
+}
+
+/* The weight that one query of one head gives to the thread's key, 0 where it does not see it. */
+__device__ float mass_weight(const sa_cuda_problem &p, const mass_shared &s, int64_t query, int64_t head, int64_t key, const float *q, const float *k)
+{
+    const run &r = s.list.runs[s.run];
+    const int64_t position = s.at.position + query, window = window_of(p, head);
+    const range seen = visible(r, p.causal, window, window, position, position);
+    const float lse = lse_of(p)[(s.at.batch * p.heads_q + head) * p.query_length + s.at.query_begin + query];
+    if (key < seen.low || key >= seen.high || fabsf(lse) == infinity) {
+        return 0.0f;
+    }
+    float dot[4] = {};
+    int d = 0;
+    for (; d + 4 <= p.depth; d += 4) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            dot[e] = fmaf(q[d + e], k[d + e], dot[e]);
+        }
+    }
+    for (; d < p.depth; d++) {
+        dot[0] = fmaf(q[d], k[d], dot[0]);
+    }
+    const float slope = p.alibi_slopes.given ? number_at(p.alibi_slopes, s.at.batch, head) * log2e : 0.0f;
+    const float score = featured_score(p, r, head, position, slope, key, (dot[0] + dot[1]) + (dot[2] + dot[3]));
+    return score == -infinity ? 0.0f : exp2f(score - lse * log2e);
+}
+
+__device__ __forceinline__ double join_mass(const sa_cuda_problem &p, double total, double weight)
+{
+    return !p.mass_maximum ? total + weight : weight > total || weight != weight ? weight : total;
+}
+
+__device__ __forceinline__ void mass(const sa_cuda_problem &p)
+{
+    extern __shared__ __align__(128) char memory[];
+    mass_shared &s = *(mass_shared *)memory;
+    const int stride = (int)p.depth + 1, group = (int)(p.heads_q / p.heads_kv);
+    float *keys = (float *)(memory + SA_ROWS_SHARED), *queries = keys + mass_keys * stride;
+    double *totals = (double *)(memory + SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS(stride)); /* [parts, keys] */
+    const int own = threadIdx.x % mass_keys, part = threadIdx.x / mass_keys;
+    if (!__syncthreads_or(threadIdx.x < 32 && begin_mass(p, s))) {
+        return;
+    }
+    const run &r = s.list.runs[s.run];
+    const int64_t key = s.first + own;
+    const int count = (int)least(mass_keys, r.count - s.first);
+    load_wide_rows(p, r.key + s.first * r.key_stride, r.key_stride, count, keys);
+    const sa_cuda_tensor source = r.kind == run_pinned && has_second_query(p) ? second_query_tensor(p) : query_tensor(p);
+    const int heads = group < mass_rows ? group : mass_rows, tokens = mass_rows / heads;
+    double total = 0.0;
+    for (int64_t query = s.first_query; query < s.end_query; query += tokens) {
+        const int here = (int)least(tokens, s.end_query - query);
+        float mean[mass_rows / mass_parts + 1] = {};
+        for (int head = 0; head < group; head += heads) {
+            const int taken = group - head < heads ? group - head : heads;
+            __syncthreads();
+            for (int i = threadIdx.x; i < here * taken * (int)p.depth; i += blockDim.x) {
+                const int row = i / (int)p.depth, d = i % (int)p.depth;
+                const char *from = element(source, s.at.batch, s.kv_head * group + head + row % taken, s.at.query_begin + query + row / taken,
+                                           element_size(p));
+                queries[row * stride + d] = load_wide(p, from, d);
+            }
+            __syncthreads();
+            for (int token = part, i = 0; token < here && own < count; token += mass_parts, i++) {
+                for (int h = 0; h < taken; h++) {
+                    mean[i] += mass_weight(p, s, query + token, s.kv_head * group + head + h, key, queries + (token * taken + h) * stride,
+                                           keys + own * stride);
+                }
+            }
+        }
+        for (int token = part, i = 0; token < here; token += mass_parts, i++) {
+            total = join_mass(p, total, (double)mean[i] / group);
+        }
+    }
+    totals[part * mass_keys + own] = total;
+    __syncthreads();
+    const mass_place to = place_mass(p, s.at, r);
+    const int64_t slot = to.index + key;
+    if (part == 0 && own < count && key >= to.skip && slot < p.mass_length) {
+        for (int i = 1; i < mass_parts; i++) {
+            total = join_mass(p, total, totals[i * mass_keys + own]);
+        }
+        p.mass[(s.at.batch * p.heads_kv + s.kv_head) * p.mass_length + slot] = (float)total;
+    }
+}
+
+} // namespace sa
+
+extern "C" __global__ void __launch_bounds__(32 * SA_MASS_WARPS) mass(const __grid_constant__ sa_cuda_problem p)
+{
+    sa::mass(p);
+}

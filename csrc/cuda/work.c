@@ -1,0 +1,240 @@
+#include "work.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "../core/integers.h"
+#include "counters.h"
+#include "kernels.h"
+
+enum { ALIGNMENT = 256 };
+static const int64_t WIDEST = (int64_t)1 << 53; /* windows beyond are all alike; a double holds it exactly */
+
+/* --- the problem ----------------------------------------------------------------------------------------------------------------- */
+
+static sa_cuda_tensor tensor_of(const sa_tensor *from)
+{
+    if (from->rank == 0) {
+        return (sa_cuda_tensor){0};
+    }
+    const int skip = from->rank == 4 ? 1 : 0; /* learned rows have no batch */
+    return (sa_cuda_tensor){.data = from->data, .batch = skip ? from->stride[0] : 0, .head = from->stride[skip], .token = from->stride[skip + 1]};
+}
+
+/* Strides of the last axes of an array over the two axes of a declaration; `rank` 1 arrays lie along `axis`. */
+static void place(sa_cuda_numbers *numbers, const int64_t *stride, int rank, int axis)
+{
+    if (rank == 2) {
+        numbers->stride[0] = stride[0];
+        numbers->stride[1] = stride[1];
+    } else if (rank == 1) {
+        numbers->stride[axis] = stride[0];
+    }
+}
+
+/* An array on the device, by its address; one of the host is noted and gets its address when the memory is known. */
+static sa_cuda_numbers array_of(const sa_device_numbers *device, const int64_t *shape, int rank, int axis)
+{
+    sa_cuda_numbers numbers = {.given = 1};
+    if (device->data != NULL) {
+        numbers.data = device->data;
+        numbers.type = device->type;
+        place(&numbers, device->stride, rank, axis);
+    } else {
+        const int64_t dense[2] = {rank == 2 ? shape[1] : 1, 1};
+        place(&numbers, dense, rank, axis);
+    }
+    return numbers;
+}
+
+static void stage_later(sa_cuda_work *work, sa_cuda_numbers *numbers, const void *source, const int64_t *shape, int rank, int64_t size)
+{
+    int64_t bytes = size;
+    for (int i = 0; i < rank; i++) {
+        bytes *= shape[i];
+    }
+    work->staged[work->staged_count++] = (sa_staged){.numbers = numbers, .source = source, .bytes = bytes};
+}
+
+static void take_floats(sa_cuda_work *work, const sa_floats *from, int axis, sa_cuda_numbers *to)
+{
+    if (from->data == NULL) {
+        return;
+    }
+    *to = array_of(&from->device, from->shape, from->rank, axis);
+    if (from->device.data == NULL && from->rank == 0) {
+        to->value = (double)from->data[0];
+    } else if (from->device.data == NULL) {
+        to->type = SA_NUMBER_F32;
+        stage_later(work, to, from->data, from->shape, from->rank, sizeof(float));
+    }
+}
+
+static void take_ints(sa_cuda_work *work, const sa_ints *from, sa_cuda_numbers *to)
+{
+    if (from->data == NULL) {
+        return;
+    }
+    *to = array_of(&from->device, from->shape, from->rank, 0);
+    if (from->device.data == NULL && from->rank == 0) {
+        to->value = (double)clamp_i64(from->data[0], -WIDEST, WIDEST);
+    } else if (from->device.data == NULL) {
+        to->type = SA_NUMBER_I64;
+        stage_later(work, to, from->data, from->shape, from->rank, sizeof(int64_t));
+    }
+}
+
+static void take_arrays(const sa_attend_params *params, sa_cuda_work *work)
+{
+    sa_cuda_problem *problem = &work->problem;
+    take_floats(work, &params->sink_logits, 0, &problem->sink_logits);
+    take_floats(work, &params->sink_bias, 0, &problem->sink_bias);
+    take_floats(work, &params->alibi_slopes, 1, &problem->alibi_slopes);
+    take_ints(work, &params->window, &problem->window);
+    take_ints(work, &params->starts, &problem->starts);
+    take_ints(work, &params->lengths, &problem->lengths);
+    take_ints(work, &params->query_lengths, &problem->query_lengths);
+    take_ints(work, &params->cumulative_query, &problem->cumulative_query);
+    take_ints(work, &params->cumulative_key, &problem->cumulative_key);
+}
+
+static void describe(const sa_attend_params *params, const sa_cuda_store *cache, sa_cuda_problem *problem)
+{
+    const sa_tensor *query = &params->query, *key = &params->key, *value = &params->value;
+    const int64_t slots = cache != NULL ? sa_cuda_store_slots(cache) : 0;
+    *problem = (sa_cuda_problem){
+        .query = tensor_of(query),
+        .key = tensor_of(key),
+        .value = tensor_of(value),
+        .output = tensor_of(&params->output),
+        .sink_query = tensor_of(&params->sink_query),
+        .sink_key = tensor_of(&params->sink_key),
+        .sink_value = tensor_of(&params->sink_value),
+        .lse = params->lse,
+        .mass = params->mass,
+        .batch = query->shape[0],
+        .heads_q = query->shape[1],
+        .heads_kv = key->shape[1],
+        .query_length = query->shape[2],
+        .kv_length = key->shape[2],
+        .depth = query->shape[3],
+        .depth_v = value->shape[3],
+        .sequences = params->cumulative_query.data != NULL ? params->cumulative_query.shape[0] - 1 : 0,
+        .logits = params->sink_logits.rank == 2 ? params->sink_logits.shape[1] : 1,
+        .pinned = params->pinned,
+        .learned = params->sink_key.rank ? params->sink_key.shape[1] : 0,
+        .mass_length = cache != NULL ? slots : key->shape[2],
+        .mass_queries = params->mass_queries,
+        .scale = (float)(params->has_scale ? params->scale : 1.0 / sqrt((double)query->shape[3])),
+        .softcap = params->has_softcap ? (float)params->softcap : 0.0f,
+        .dtype = (int32_t)query->dtype,
+        .causal = cache != NULL || params->causal,
+        .mass_maximum = params->mass_reduce == SA_MASS_MAX,
+    };
+    if (cache != NULL) {
+        problem->cache = cache->view;
+    }
+}
+
+/* --- the device's cluster limit, once ---------------------------------------------------------------------------------------------- */
+
+static sa_status full_facts(const char *function, const sa_device_scope *scope, sa_cuda_device *facts)
+{
+    static atomic_int limits[SA_MAX_DEVICES]; /* + 1; 0: not known */
+    int32_t limit = atomic_load_explicit(&limits[scope->ordinal], memory_order_relaxed) - 1;
+    if (limit < 0) {
+        SA_TRY(sa_device_cluster_limit(function, scope, &limit));
+        atomic_store_explicit(&limits[scope->ordinal], limit + 1, memory_order_relaxed);
+    }
+    *facts = *scope->device;
+    facts->cluster_limit = limit;
+    return SA_OK;
+}
+
+/* --- a call ------------------------------------------------------------------------------------------------------------------------ */
+
+/* Counters of the cache, of the stream, or of the graph; where there are none, some of the caller's memory, which is cleared. */
+static sa_status find_counters(const sa_cuda_store *cache, void *stream, sa_cuda_work *work)
+{
+    const int64_t count = work->plan.counter_count;
+    work->counters = NULL;
+    if (count == 0) {
+        return SA_OK;
+    }
+    if (cache != NULL && count <= cache->counter_count) {
+        work->counters = cache->counters;
+        return SA_OK;
+    }
+    return sa_counters_take(work->function, &work->scope, stream, count, &work->counters);
+}
+
+static void lay_out_memory(const sa_attend_params *params, sa_cuda_work *work)
+{
+    const sa_cuda_problem *problem = &work->problem;
+    int64_t bytes = round_up(work->plan.scratch_bytes, ALIGNMENT);
+    work->counter_offset = bytes;
+    if (work->counters == NULL) {
+        bytes += round_up(work->plan.counter_count * (int64_t)sizeof(uint32_t), ALIGNMENT);
+    }
+    for (int i = 0; i < work->staged_count; i++) {
+        work->staged[i].offset = bytes;
+        bytes += round_up(work->staged[i].bytes, ALIGNMENT);
+    }
+    work->memory_bytes = bytes;
+    work->mass_bytes = params->mass != NULL ? problem->batch * problem->heads_kv * problem->mass_length * (int64_t)sizeof(float) : 0;
+}
+
+static sa_status plan(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work)
+{
+    sa_cuda_device facts;
+    SA_TRY(full_facts(params->function, &work->scope, &facts));
+    describe(params, cache, &work->problem);
+    work->staged_count = 0;
+    take_arrays(params, work);
+    if (sa_cuda_choose(&work->problem, &facts, &work->plan) != 0) {
+        return sa_fail(SA_VALUE_ERROR, "%s(): q has %" PRId64 " rows of %" PRId64 " heads and %" PRId64 " queries, more than a launch can hold",
+                       params->function, work->problem.batch, work->problem.heads_q, work->problem.query_length);
+    }
+    SA_TRY(find_counters(cache, stream, work));
+    lay_out_memory(params, work);
+    return SA_OK;
+}
+
+sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work)
+{
+    work->function = params->function;
+    SA_TRY(sa_device_enter(params->function, params->device, &work->scope));
+    const sa_status status = plan(params, cache, stream, work);
+    if (status != SA_OK) {
+        sa_device_leave(&work->scope);
+    }
+    return status;
+}
+
+sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream)
+{
+    const char *function = work->function;
+    work->problem.scratch = memory;
+    work->problem.counters = work->counters;
+    if (work->counters == NULL && work->plan.counter_count > 0) {
+        work->problem.counters = (uint32_t *)(void *)((char *)memory + work->counter_offset);
+        SA_TRY(sa_device_fill(function, work->problem.counters, 0, work->plan.counter_count * (int64_t)sizeof(uint32_t), stream));
+    }
+    for (int i = 0; i < work->staged_count; i++) {
+        const sa_staged *staged = &work->staged[i];
+        staged->numbers->data = (char *)memory + staged->offset;
+        SA_TRY(sa_device_stage(function, &work->scope, (char *)memory + staged->offset, staged->source, staged->bytes, stream));
+    }
+    SA_TRY(sa_device_fill(function, work->problem.mass, 0, work->mass_bytes, stream));
+    for (int i = 0; i < work->plan.launch_count; i++) {
+        SA_TRY(sa_device_launch(function, &work->scope, &work->plan.launches[i], &work->problem, stream));
+    }
+    return SA_OK;
+}
+
+void sa_cuda_end(const sa_cuda_work *work)
+{
+    sa_device_leave(&work->scope);
+}

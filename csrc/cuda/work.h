@@ -1,0 +1,37 @@
+/* One call on a CUDA device: describe (sa_attend_params) -> check -> allocate the results -> begin -> allocate its memory -> run -> end.
+ *
+ * The caller's memory serves three things at once: scratch of the kernels, their counters, and copies of auxiliary arrays that came from
+ * the host. It may be reused by later work on the same stream as soon as sa_cuda_run has returned. */
+#ifndef SA_WORK_H
+#define SA_WORK_H
+
+#include "cache.h"
+
+enum { SA_MAX_STAGED = 9 };
+
+/* An auxiliary array of the host, and where its copy goes. */
+typedef struct sa_staged {
+    sa_cuda_numbers *numbers;
+    const void *source;
+    int64_t bytes, offset;
+} sa_staged;
+
+typedef struct sa_cuda_work {
+    const char *function;
+    sa_device_scope scope;
+    sa_cuda_problem problem;
+    sa_cuda_plan plan;
+    sa_staged staged[SA_MAX_STAGED];
+    int staged_count;
+    uint32_t *counters;     /* of the cache, at zero; NULL: to be found */
+    int64_t counter_offset; /* in the caller's memory, where counters are NULL */
+    int64_t mass_bytes;
+    int64_t memory_bytes; /* what sa_cuda_run wants, 256-byte aligned; 0: nothing */
+} sa_cuda_work;
+
+/* Plans a checked call with its results in place; `cache` NULL: none. On SA_OK the device is current until sa_cuda_end; otherwise nothing is to be ended. */
+sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work);
+sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream);
+void sa_cuda_end(const sa_cuda_work *work);
+
+#endif

@@ -1,0 +1,32 @@
+/* One call on CUDA: plan -> memory -> release the GIL -> launch -> settle the streams. */
+#include "../cuda/work.h"
+#include "bind_params.h"
+#include "device.h"
+
+static sa_status launch(sa_call *call, sa_cuda_work *work, void *memory)
+{
+    SA_TRY(sa_cuda_run(work, memory, call->stream));
+    return sa_settle_streams(call);
+}
+
+int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_store *cache, const sa_like *like)
+{
+    sa_cuda_work work;
+    void *memory = NULL;
+    sa_status status = sa_cuda_begin(params, cache, call->stream, &work);
+    if (status != SA_OK) {
+        sa_raise(status);
+        return -1;
+    }
+    if (work.memory_bytes > 0 && sa_new_memory(call, like, work.memory_bytes, &memory) < 0) {
+        sa_cuda_end(&work);
+        return -1;
+    }
+    sa_released released; /* a full queue blocks a launch, and what drains it may need the GIL */
+    sa_release(&released);
+    status = launch(call, &work, memory);
+    sa_reacquire(&released);
+    sa_cuda_end(&work);
+    sa_raise(status);
+    return status == SA_OK ? 0 : -1;
+}

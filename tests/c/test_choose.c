@@ -1,0 +1,171 @@
+/* The choice of kernels, without a GPU: what holds for every shape, and the layouts that were measured to be best. Exits 1 at the first failure. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../../csrc/cuda/choose.h"
+
+static const sa_cuda_device h200 = {.capability = 90, .multiprocessors = 132, .shared_limit = 232448, .cluster_limit = 8};
+static const sa_cuda_device a100 = {.capability = 80, .multiprocessors = 108, .shared_limit = 166912};
+static const sa_cuda_device rtx = {.capability = 89, .multiprocessors = 142, .shared_limit = 101376};
+
+#define CHECK(condition)                                                      \
+    do {                                                                      \
+        if (!(condition)) {                                                   \
+            printf("line %d: %s does not hold\n", __LINE__, #condition);      \
+            exit(1);                                                          \
+        }                                                                     \
+    } while (0)
+
+static sa_cuda_problem problem_of(int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t depth, int64_t queries, int64_t keys, int dtype)
+{
+    sa_cuda_problem p = {.batch = batch, .heads_q = heads_q, .heads_kv = heads_kv, .query_length = queries, .kv_length = keys};
+    p.depth = p.depth_v = depth;
+    p.dtype = dtype;
+    p.causal = 1;
+    p.mass_queries = -1;
+    return p;
+}
+
+static void make_cache(sa_cuda_problem *p, int64_t pinned, int64_t window)
+{
+    p->cache.keys = p->cache.values = (void *)(uintptr_t)256;
+    p->cache.window = p->cache.capacity = window;
+    p->pinned = pinned;
+    p->kv_length = p->query_length;
+    p->mass_length = pinned + window;
+}
+
+static const char *kernel_of(const sa_cuda_plan *plan, int launch)
+{
+    return sa_cuda_kernels[plan->launches[launch].kernel].name;
+}
+
+/* What must hold for any plan. */
+static void check_plan(const sa_cuda_problem *p, const sa_cuda_device *device, const sa_cuda_plan *plan)
+{
+    CHECK(plan->launch_count <= SA_CUDA_MAX_LAUNCHES);
+    for (int i = 0; i < plan->launch_count; i++) {
+        const sa_cuda_launch *l = &plan->launches[i];
+        CHECK(l->kernel >= 0 && l->kernel < sa_cuda_kernel_count);
+        CHECK(l->grid > 0 && l->block >= 32 && l->block <= 1024 && l->block % 32 == 0);
+        CHECK((int64_t)l->shared <= device->shared_limit);
+        CHECK(l->cluster >= 1 && l->grid % l->cluster == 0);
+        CHECK(l->cluster == 1 || (device->capability == 90 && (int64_t)l->cluster <= device->cluster_limit && p->splits == (int32_t)l->cluster));
+    }
+    CHECK(p->splits >= 1 && p->splits <= 128);
+    CHECK(p->clustered || p->splits == 1 || plan->counter_count > 0);
+    CHECK(p->clustered || p->splits == 1 || (p->state_offset > p->partial_offset && p->state_offset < plan->scratch_bytes));
+    CHECK(p->partial_offset % 256 == 0 && p->state_offset % 256 == 0);
+}
+
+static sa_cuda_plan plan_of(sa_cuda_problem *p, const sa_cuda_device *device)
+{
+    sa_cuda_plan plan;
+    CHECK(sa_cuda_choose(p, device, &plan) == 0);
+    check_plan(p, device, &plan);
+    return plan;
+}
+
+static void sweep(void)
+{
+    const sa_cuda_device *devices[] = {&h200, &a100, &rtx};
+    const int64_t lengths[] = {1, 7, 100, 4096, 100000, 10000000}, depths[] = {1, 64, 80, 128, 192, 256}, groups[] = {1, 3, 8, 64};
+    for (size_t d = 0; d < 3; d++) {
+        for (int64_t i = 0; i < 6 * 6 * 4 * 3 * 4 * 2; i++) {
+            const int64_t group = groups[i / 36 % 4], batch = (int64_t[]){1, 8, 300}[i / 144 % 3], queries = (int64_t[]){1, 2, 16, 3000}[i / 432 % 4];
+            sa_cuda_problem p = problem_of(batch, 2 * group, 2, depths[i / 6 % 6], queries, lengths[i % 6], (int)(i % 3));
+            if (i / 1728 % 2) {
+                make_cache(&p, 4, lengths[i % 6]);
+            }
+            plan_of(&p, devices[d]);
+        }
+    }
+}
+
+static void expect_decode(sa_cuda_problem p, int32_t splits, uint32_t cluster, uint32_t block)
+{
+    const sa_cuda_plan plan = plan_of(&p, &h200);
+    CHECK(plan.launch_count == 1 && strncmp(plan.path, "decode", 6) == 0);
+    CHECK(p.splits == splits && plan.launches[0].cluster == cluster && plan.launches[0].block == block);
+}
+
+static void measured_layouts(void)
+{
+    expect_decode(problem_of(1, 32, 8, 128, 1, 4096, SA_CUDA_BF16), 8, 8, 256);
+    expect_decode(problem_of(1, 32, 8, 128, 1, 32768, SA_CUDA_BF16), 8, 8, 256);
+    expect_decode(problem_of(1, 32, 8, 128, 1, 131072, SA_CUDA_BF16), 16, 1, 256);
+    expect_decode(problem_of(64, 32, 8, 128, 1, 4096, SA_CUDA_BF16), 1, 1, 128);
+    expect_decode(problem_of(64, 64, 8, 64, 1, 16384, SA_CUDA_BF16), 1, 1, 128);
+    sa_cuda_problem step = problem_of(8, 32, 8, 128, 1, 1, SA_CUDA_BF16);
+    make_cache(&step, 4, 4092);
+    expect_decode(step, 2, 2, 256);
+}
+
+/* A step of one token is one launch, whatever is rotated; mass, fp32 and longer chunks take more, in this order. */
+static void cache_launches(void)
+{
+    sa_cuda_problem p = problem_of(2, 8, 2, 64, 1, 1, SA_CUDA_BF16);
+    make_cache(&p, 4, 100);
+    p.cache.pairs = 32;
+    p.cache.slot_positions = 1;
+    sa_cuda_plan plan = plan_of(&p, &h200);
+    CHECK(plan.launch_count == 1 && p.append && p.lean && p.rotated_offset < 0);
+    p.mass = (float *)(uintptr_t)256;
+    plan = plan_of(&p, &h200);
+    CHECK(plan.launch_count == 4 && !p.append && p.rotated_offset >= 0 && p.lse_offset >= 0);
+    CHECK(!strcmp(kernel_of(&plan, 0), "cache_rotate") && !strncmp(kernel_of(&plan, 1), "decode", 6));
+    CHECK(!strcmp(kernel_of(&plan, 2), "mass") && !strcmp(kernel_of(&plan, 3), "cache_commit"));
+    p.mass = NULL;
+    p.query_length = p.kv_length = 500;
+    plan = plan_of(&p, &h200);
+    CHECK(plan.launch_count == 3 && !strncmp(kernel_of(&plan, 1), "prefill", 7));
+    p.cache.applied = 1;
+    p.cache.slot_positions = 0;
+    plan = plan_of(&p, &h200); /* nothing to turn */
+    CHECK(plan.launch_count == 2 && p.rotated_offset < 0);
+}
+
+static void nothing_to_do(void)
+{
+    sa_cuda_problem p = problem_of(0, 8, 2, 64, 1, 10, SA_CUDA_F16);
+    CHECK(plan_of(&p, &h200).launch_count == 0);
+    p = problem_of(1, 8, 2, 64, 0, 10, SA_CUDA_F16);
+    CHECK(plan_of(&p, &h200).launch_count == 0);
+    p = problem_of(1, 8, 2, 64, 1, 0, SA_CUDA_F16); /* no key: output 0 has to be written */
+    CHECK(plan_of(&p, &h200).launch_count == 1);
+}
+
+static void pieces_and_windows(void)
+{
+    sa_cuda_problem p = problem_of(1, 8, 2, 64, 1, 100, SA_CUDA_BF16);
+    p.key = p.value = (sa_cuda_tensor){(void *)(uintptr_t)512, 12800, 6400, 64};
+    plan_of(&p, &h200);
+    CHECK(p.aligned && p.common_window == SA_CUDA_NO_WINDOW && p.group == 4);
+    p.value.token = 65;
+    p.window = (sa_cuda_numbers){.value = 17.0, .given = 1};
+    plan_of(&p, &h200);
+    CHECK(!p.aligned && p.common_window == 17 && p.lean && p.apart);
+    p.window.data = &p; /* on the device, a head each */
+    plan_of(&p, &h200);
+    CHECK(p.common_window == 0 && !p.lean);
+}
+
+static void refuses_endless_grids(void)
+{
+    sa_cuda_problem p = problem_of(1LL << 31, 8, 8, 64, 1, 10, SA_CUDA_BF16);
+    sa_cuda_plan plan;
+    CHECK(sa_cuda_choose(&p, &h200, &plan) == -1);
+}
+
+int main(void)
+{
+    sweep();
+    measured_layouts();
+    cache_launches();
+    nothing_to_do();
+    pieces_and_windows();
+    refuses_endless_grids();
+    printf("ok\n");
+    return 0;
+}
