@@ -8,6 +8,7 @@ SINKATTN_CANARY=1      with mistakes that a sanitizer or valgrind must catch
 """
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -24,11 +25,14 @@ if sys.platform == "win32":
 ROOT = Path(__file__).resolve().parent
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-# Kernel source -> flags; the file is left out where the compiler does not know them.
+# Kernel source -> flags, and what the compiler then defines; left out where it does not.
 ISA_FLAGS = {
-    "attend_avx2.c": AVX2,
-    "attend_avx512.c": AVX512,
-    "attend_avx512bf16.c": [*AVX512, "-mavx512bf16"],
+    "attend_avx2.c": (AVX2, "__AVX2__"),
+    "attend_avx512.c": (AVX512, "__AVX512F__"),
+    "attend_avx512bf16.c": ([*AVX512, "-mavx512bf16"], "__AVX512BF16__"),
+    "attend_amx.c": ([*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"], "__AMX_BF16__"),
+    "attend_neon.c": ([], "__aarch64__"),
+    "attend_neonbf16.c": (["-march=armv8.2-a+bf16"], "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC"),
 }
 
 
@@ -58,22 +62,36 @@ def instrument_flags():
     return flags
 
 
-def accepts(compiler, flags):
-    """Does the compiler take the flags, for this machine's architecture?"""
+def accepts(compiler, flags, macro):
+    """Does the compiler take the flags for the architecture that it compiles for?"""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
-        source.write_text("int probe(void) { return 0; }\n")
+        source.write_text(f"#ifndef {macro}\n#error\n#endif\nint probe(void) {{ return 0; }}\n")
         command = [*compiler, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
         return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def one_architecture(command):
+    """macOS: a Python for two architectures asks for both, and no kernel is for both."""
+    kept, words = [], iter(command)
+    for word in words:
+        if word == "-arch":
+            next(words, None)
+        else:
+            kept.append(word)
+    return [*kept, "-arch", platform.machine()]
 
 
 class BuildExt(build_ext):
     """One object file a source, each with its own flags, in parallel, rebuilt when it must be."""
 
     def build_extension(self, ext):
+        if sys.platform == "darwin" and "ARCHFLAGS" not in os.environ:
+            self.compiler.compiler_so = one_architecture(self.compiler.compiler_so)
+            self.compiler.linker_so = one_architecture(self.compiler.linker_so)
         compiler = self.compiler.compiler_so
-        kernels = {name: flags for name, flags in ISA_FLAGS.items()
-                   if Path(ROOT, "csrc/cpu", name).exists() and accepts(compiler, flags)}
+        kernels = {name: flags for name, (flags, macro) in ISA_FLAGS.items()
+                   if accepts(compiler, flags, macro)}
         have = [f"-DSA_HAVE_{name[len('attend_'):-2].upper()}" for name in kernels]
         sources = [Path(s) for s in ext.sources
                    if Path(s).name not in ISA_FLAGS or Path(s).name in kernels]

@@ -133,7 +133,7 @@ sa_status sa_cache_restore(sa_cache *cache, const void *keys, const void *values
 
 /* --- the machine ---------------------------------------------------------------------------------------------------------------- */
 
-/* Kernel tables: "reference", "avx2", "avx512", "avx512bf16". The best usable one is chosen once; SINKATTN_CPU=<name> overrides. */
+/* Kernel tables: "reference", "avx2", "avx512", "avx512bf16", "neon", "neonbf16". The best usable one is chosen once; SINKATTN_CPU=<name> overrides. */
 int sa_table_count(void);
 const char *sa_table_name(int index);
 bool sa_table_built(int index);  /* compiled into this extension */
@@ -147,6 +147,16 @@ const char *sa_cpu_features(void); /* space-separated names of the probed featur
 int sa_path_count(void);
 const char *sa_path_name(int index);
 int64_t sa_path_calls(int index);
+
+typedef enum sa_peak_kind {
+    SA_PEAK_FMA,      /* fp32 multiply-adds, in FLOP/s */
+    SA_PEAK_BF16_DOT, /* bf16 dot products into fp32, in FLOP/s */
+    SA_PEAK_READ,     /* streaming read of `data`, in bytes/s */
+} sa_peak_kind;
+
+/* One trial, some milliseconds, of what this machine can do at most, on all threads; the best of several counts. data: at least 1 MiB for
+ * SA_PEAK_READ (to mean memory, many times the last cache), else unused. *table: whose loop it was. SA_NOT_IMPLEMENTED where no table has one. */
+sa_status sa_peak(sa_peak_kind kind, const void *data, int64_t bytes, sa_poll poll, double *rate, const char **table);
 
 void sa_set_threads(int64_t count); /* >= 1 */
 int64_t sa_get_threads(void);       /* default: SINKATTN_NUM_THREADS, else the affinity mask */

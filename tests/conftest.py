@@ -9,7 +9,7 @@ from sinkattn.config import cpu_tables, use_cpu_table
 if errors.LOG:
     errors.watch()
 
-TABLES = ("reference", "avx2", "avx512", "avx512bf16")
+TABLES = ("reference", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60,
                           suppress_health_check=list(HealthCheck))

@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 static unsigned long long saved_registers(void)
 {
@@ -18,6 +22,17 @@ static bool made_by_intel(void)
 {
     unsigned a, b, c, d;
     return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && c == signature_INTEL_ecx && d == signature_INTEL_edx;
+}
+
+/* Linux saves tile registers only for a process that has asked for it, all its threads with it. */
+static bool tiles_granted(void)
+{
+#if defined(__linux__)
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
 }
 
 unsigned sa_cpu_probe(void)
@@ -45,15 +60,31 @@ unsigned sa_cpu_probe(void)
         found |= (d & 1u << 23) ? SA_CPU_AVX512_FP16 : 0;
         found |= made_by_intel() ? SA_CPU_SLOW_BF16_DOT : 0;
     }
-    if ((saved & tiles) == tiles && (d & 1u << 22)) {
+    const unsigned bf16_and_tile = 1u << 22 | 1u << 24;
+    if ((saved & tiles) == tiles && (d & bf16_and_tile) == bf16_and_tile && tiles_granted()) {
         found |= SA_CPU_AMX_BF16;
     }
     return found;
 }
 #elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 unsigned sa_cpu_probe(void)
 {
-    return SA_CPU_NEON;
+    unsigned found = SA_CPU_NEON;
+#if defined(__linux__)
+    const unsigned long bf16 = 1ul << 14; /* HWCAP2_BF16, where the C library's header does not name it yet */
+    found |= (getauxval(AT_HWCAP2) & bf16) ? SA_CPU_NEON_BF16 : 0;
+#elif defined(__APPLE__)
+    int bf16 = 0;
+    size_t size = sizeof bf16;
+    found |= sysctlbyname("hw.optional.arm.FEAT_BF16", &bf16, &size, NULL, 0) == 0 && bf16 ? SA_CPU_NEON_BF16 : 0;
+#endif
+    return found;
 }
 #else
 unsigned sa_cpu_probe(void)
@@ -68,7 +99,8 @@ const char *sa_cpu_features(void)
         unsigned bit;
         const char *name;
     } names[] = {{SA_CPU_AVX2, "avx2 "},          {SA_CPU_AVX512, "avx512 "}, {SA_CPU_AVX512_BF16, "avx512bf16 "},
-                 {SA_CPU_AVX512_FP16, "avx512fp16 "}, {SA_CPU_AMX_BF16, "amx_bf16 "}, {SA_CPU_NEON, "neon "}};
+                 {SA_CPU_AVX512_FP16, "avx512fp16 "}, {SA_CPU_AMX_BF16, "amx_bf16 "}, {SA_CPU_NEON, "neon "},
+                 {SA_CPU_NEON_BF16, "neonbf16 "}};
     static _Thread_local char text[96];
     text[0] = '\0';
     const unsigned found = sa_cpu_probe();

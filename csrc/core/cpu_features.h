@@ -9,6 +9,7 @@ typedef enum sa_cpu_feature {
     SA_CPU_AVX512_FP16 = 8,
     SA_CPU_AMX_BF16 = 16,
     SA_CPU_NEON = 32,
+    SA_CPU_NEON_BF16 = 128,    /* BFDOT */
     SA_CPU_SLOW_BF16_DOT = 64, /* vdpbf16ps at half the arithmetic of fp32 FMA: Intel, whose bf16 unit is AMX */
 } sa_cpu_feature;
 

@@ -8,7 +8,7 @@ static double log_sum_exp(const float *terms, int64_t count)
 {
     double largest = -INFINITY;
     for (int64_t i = 0; i < count; i++) {
-        largest = fmax(largest, (double)terms[i]);
+        largest = (double)terms[i] > largest ? (double)terms[i] : largest; /* gcc 12 fails on fmax here, on aarch64 */
     }
     if (!isfinite(largest)) {
         return largest;

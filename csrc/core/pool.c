@@ -8,10 +8,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "integers.h"
 
-enum { MAX_THREADS = 256, POLL_NANOSECONDS = 10 * 1000 * 1000, SPIN_NANOSECONDS = 20 * 1000 };
+enum { MAX_THREADS = 256, POLL_NANOSECONDS = 10 * 1000 * 1000, SPIN_NANOSECONDS = 20 * 1000, SPIN_FOR_WORKERS_NANOSECONDS = 100 * 1000 };
 
 /* About ten microseconds of one core: below this a job is done before a sleeping worker is up. */
 static const double PARALLEL_FLOPS = 400e3;
@@ -24,6 +25,7 @@ struct sa_job {
     atomic_bool stopped;
     sa_poll poll;
     int64_t polled_at;
+    int caller_processor; /* < 0: not known */
 };
 
 typedef struct sa_scratch {
@@ -37,9 +39,13 @@ static struct {
     pthread_cond_t wake, idle;
     sa_job *job; /* NULL: nothing to join */
     _Atomic uint64_t generation;
-    int64_t started, joined, sleeping;
+    _Atomic int64_t joined; /* written under the lock */
+    int64_t started, sleeping;
     bool leaving;
     pthread_t threads[MAX_THREADS];
+#if defined(__linux__)
+    cpu_set_t allowed; /* processors of the caller that started the first worker */
+#endif
     sa_scratch scratch[MAX_THREADS]; /* [0] is the caller's; touched only by the owner, before its job is published */
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER,
           .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -73,7 +79,8 @@ static void after_fork_in_child(void)
     pthread_cond_init(&pool.wake, NULL);
     pthread_cond_init(&pool.idle, NULL);
     pool.job = NULL;
-    pool.started = pool.joined = pool.sleeping = 0;
+    pool.started = pool.sleeping = 0;
+    atomic_store(&pool.joined, 0);
     pool.leaving = false;
 }
 
@@ -94,7 +101,7 @@ static int64_t default_threads(void)
         return clamp_i64(CPU_COUNT(&set), 1, MAX_THREADS);
     }
 #endif
-    return 1;
+    return clamp_i64(sysconf(_SC_NPROCESSORS_ONLN), 1, MAX_THREADS);
 }
 
 int64_t sa_get_threads(void)
@@ -156,6 +163,32 @@ static void wait_for_job(uint64_t seen)
     }
 }
 
+static int this_processor(void)
+{
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+/* A scheduler may wake a worker on the processor that its caller runs on, and leave the two there until long after the job, at half the
+ * speed. A worker that finds itself there moves away, and stays away from that processor until the same happens elsewhere. */
+static void keep_off(int processor)
+{
+#if defined(__linux__)
+    if (processor >= 0 && processor < CPU_SETSIZE && sched_getcpu() == processor) {
+        cpu_set_t others = pool.allowed;
+        CPU_CLR((size_t)processor, &others);
+        if (CPU_COUNT(&others) > 0) {
+            (void)sched_setaffinity(0, sizeof others, &others);
+        }
+    }
+#else
+    (void)processor;
+#endif
+}
+
 static void *worker_main(void *argument)
 {
     const int64_t index = (int64_t)(intptr_t)argument;
@@ -172,6 +205,7 @@ static void *worker_main(void *argument)
             worker.scratch = pool.scratch[index].memory;
             pool.joined++;
             pthread_mutex_unlock(&pool.lock);
+            keep_off(worker.job->caller_processor);
             work(&worker);
             pthread_mutex_lock(&pool.lock);
             if (--pool.joined == 0) {
@@ -205,6 +239,11 @@ static void start_workers(int64_t wanted)
         stop_workers();
     }
     pthread_once(&fork_handler, install_fork_handler);
+#if defined(__linux__)
+    if (pool.started == 0 && sched_getaffinity(0, sizeof pool.allowed, &pool.allowed) != 0) {
+        CPU_ZERO(&pool.allowed); /* more processors than a set holds: nobody is moved */
+    }
+#endif
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -242,10 +281,17 @@ static sa_status run_alone(sa_job *job, sa_scratch *scratch, int64_t scratch_byt
     return SA_OK;
 }
 
+/* Spinning at first: the last tasks are about to end, and a caller that a worker must wake may be moved to that worker's processor. */
 static void wait_for_workers(sa_worker *caller)
 {
     pthread_mutex_lock(&pool.lock);
     pool.job = NULL; /* whoever wakes up now is too late to join */
+    pthread_mutex_unlock(&pool.lock);
+    const int64_t give_up = now_nanoseconds() + SPIN_FOR_WORKERS_NANOSECONDS;
+    while (atomic_load(&pool.joined) > 0 && now_nanoseconds() < give_up) {
+        pause_briefly();
+    }
+    pthread_mutex_lock(&pool.lock);
     while (pool.joined > 0) {
         struct timespec until;
         clock_gettime(CLOCK_REALTIME, &until);
@@ -266,6 +312,7 @@ static sa_status run_together(sa_job *job, int64_t threads, int64_t scratch_byte
     for (int64_t i = 0; i <= pool.started; i++) {
         SA_TRY(grow(&pool.scratch[i], scratch_bytes));
     }
+    job->caller_processor = this_processor();
     pthread_mutex_lock(&pool.lock);
     pool.job = job;
     atomic_fetch_add(&pool.generation, 1);

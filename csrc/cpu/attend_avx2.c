@@ -1,6 +1,7 @@
 /* The kernels for AVX2 with FMA and F16C. */
 #include "vec_avx2.h"
 #include "kernel_mass.h"
+#include "kernel_peak.h"
 #include "../core/cpu_features.h"
 
-const sa_cpu_table sa_table_avx2 = {.name = "avx2", .needs = SA_CPU_AVX2, .attend = attend};
+const sa_cpu_table sa_table_avx2 = {.name = "avx2", .needs = SA_CPU_AVX2, .attend = attend, .peak = &peak_loops};

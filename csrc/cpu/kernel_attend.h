@@ -4,7 +4,7 @@
  *
  * A task is a span of queries of one kv head with its whole group of query heads, against the blocks that some query of it sees, so
  * time grows with what is visible. Each block of K and V is packed once for the span (many rows) or read in place (few rows: decode).
- * Few rows against many keys are split into pieces of 512 keys, merged in order by whoever finishes last.
+ * Few rows against many keys are split into pieces of 512 keys or more, merged in order by whoever finishes last.
  *
  * Nothing in a row's arithmetic depends on the span, the chunk or the thread that it was computed in: blocks lie on a grid fixed to the
  * run, sums run in key order, and a column that a row does not see adds an exact zero. So results do not depend on threads or on batch
@@ -34,7 +34,8 @@
 enum {
     SPAN_ROWS = 384,   /* Q and O of a span stay in L2 */
     SPLIT_ROWS = 64,   /* at most so many rows are worth splitting the keys for */
-    SPLIT_BLOCKS = 4,
+    SPLIT_BLOCKS = 4,  /* a piece is not shorter */
+    SPLIT_PIECES = 32, /* per kv head: more than enough for every thread, few enough that starting one costs little */
 };
 
 /* Partial results of the pieces of one (row, kv head). */
@@ -42,6 +43,7 @@ typedef struct row_plan {
     int64_t first_task; /* tasks of a row: [kv head][span or piece] */
     int64_t span_count, span_queries;
     int64_t pieces;      /* 1: not split */
+    int64_t piece_blocks;
     float *partial;      /* [heads_kv, pieces, rows, acc_stride + 2] */
     atomic_int *missing; /* [heads_kv] pieces not finished */
 } row_plan;
@@ -137,7 +139,7 @@ static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_ran
         if (!whole && !columns_of_chunk(s, run, r0, rows, begin, seen, &all)) {
             continue;
         }
-        const int64_t panel = all.low / TILE_COLUMNS, low = all.low / LANES * LANES, high = round_up(all.high, LANES);
+        const int64_t panel = all.low / TILE_COLUMNS, low = all.low / GRAIN * GRAIN, high = round_up(all.high, GRAIN);
         multiply(s->pairs, query + r0 * s->query_stride, s->query_stride, s->keys + panel * words * TILE_COLUMNS, words * TILE_COLUMNS,
                  words, s->scores + panel * TILE_COLUMNS, SCORE_STRIDE, rows, high - panel * TILE_COLUMNS, false);
         for (int64_t r = 0; r < rows; r++) {
@@ -148,7 +150,8 @@ static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_ran
                 softmax_row(s, run, r0 + r, begin, whole ? all : seen[r], low, high, s->scores + r * SCORE_STRIDE, halves);
             }
         }
-        const int64_t first = s->pairs ? all.low / 2 : all.low, last = s->pairs ? (all.high + 1) / 2 : all.high;
+        const int64_t first = s->pairs ? all.low / 2 / PAD_WORDS * PAD_WORDS : all.low;
+        const int64_t last = s->pairs ? round_up((all.high + 1) / 2, PAD_WORDS) : all.high;
         const float *weights = s->pairs ? s->weights : s->scores;
         multiply(s->pairs, weights + first, s->pairs ? SCORE_STRIDE / 2 : SCORE_STRIDE, s->values + first * TILE_COLUMNS,
                  value_words * TILE_COLUMNS, last - first, s->acc + r0 * s->acc_stride, s->acc_stride, rows, p->depth_v, true);
@@ -160,8 +163,11 @@ static void block_direct(const span *s, const sa_run *run, int64_t begin, sa_ran
     const sa_problem *p = s->problem;
     const int64_t key = s->kv_head * run->key_head_stride + begin * run->key_stride;
     const int64_t value = s->kv_head * run->value_head_stride + begin * run->value_stride;
-    const direct_keys keys = {sa_at(run->key, p->dtype, key), run->key_stride, need.low, need.high};
-    const direct_keys values = {sa_at(run->value, p->dtype, value), run->value_stride, need.low, need.high};
+    const int64_t size = sa_dtype_size(p->dtype), next_key = key + BLOCK_KEYS * run->key_stride;
+    const int64_t key_step = run->key_stride * size, value_step = run->value_stride * size;
+    const char *first_key = sa_at(run->key, p->dtype, key), *first_value = sa_at(run->value, p->dtype, value);
+    const direct_rows keys = {first_key, first_value, key_step, value_step, need.low, need.high};
+    const direct_rows values = {first_value, sa_at(run->key, p->dtype, next_key), value_step, key_step, need.low, need.high};
     const int64_t low = need.low / LANES * LANES, high = round_up(need.high, LANES);
     score_direct(p->dtype, s->pairs, query_for(s, run), s->query_stride, s->rows, &keys, p->depth, s->scores);
     for (int64_t r = 0; r < s->rows; r++) {
@@ -220,7 +226,7 @@ static float *carve(float **next, int64_t count)
 
 static bool use_pairs(const sa_problem *p, bool direct)
 {
-    return HAS_BF16_DOT && p->dtype == SA_BF16 && (!direct || p->depth % (2 * LANES) == 0);
+    return HAS_BF16_DOT && p->dtype == SA_BF16 && (!direct || (DIRECT_PAIRS && p->depth % (2 * LANES) == 0));
 }
 
 static bool use_direct(const sa_problem *p, int64_t rows)
@@ -262,11 +268,11 @@ static int64_t span_scratch(const attend_job *job)
 
 static void clear_span(const span *s)
 {
-    for (int64_t r = 0; r < round_up(s->rows, TILE_ROWS); r++) {
+    for (int64_t r = 0; r < padded_rows(s); r++) {
         s->maximum[r] = -INFINITY;
         s->sum[r] = 0.0f;
     }
-    memset(s->acc, 0, (size_t)(round_up(s->rows, TILE_ROWS) * s->acc_stride) * sizeof(float));
+    memset(s->acc, 0, (size_t)(padded_rows(s) * s->acc_stride) * sizeof(float));
 }
 
 static void write_span(const span *s)
@@ -353,9 +359,8 @@ static int64_t row_of_task(const attend_job *job, int64_t task)
     return low;
 }
 
-static void attend_task(void *context, int64_t task, sa_worker *worker)
+static void attend_part(const attend_job *job, int64_t task, sa_worker *worker)
 {
-    const attend_job *job = context;
     const int64_t index = row_of_task(job, task);
     const row_plan *plan = &job->rows[index];
     const sa_row *row = &job->problem->rows[index];
@@ -379,7 +384,7 @@ static void attend_task(void *context, int64_t task, sa_worker *worker)
         write_span(&s);
         return;
     }
-    span_blocks(&s, part * SPLIT_BLOCKS, (part + 1) * SPLIT_BLOCKS, worker);
+    span_blocks(&s, part * plan->piece_blocks, (part + 1) * plan->piece_blocks, worker);
     save_piece(plan, &s, part);
     if (atomic_fetch_sub(&plan->missing[kv_head], 1) == 1) {
         join_pieces(plan, &s);
@@ -387,19 +392,28 @@ static void attend_task(void *context, int64_t task, sa_worker *worker)
     }
 }
 
-/* How many pieces a row's keys are cut into: by its own shape alone. */
-static int64_t pieces_of(const attend_job *job, const sa_row *row)
+static void attend_task(void *context, int64_t task, sa_worker *worker)
 {
+    begin_task();
+    attend_part(context, task, worker);
+    end_task();
+}
+
+/* How a row's keys are cut into pieces: by its own shape alone. */
+static void cut_row(const attend_job *job, const sa_row *row, row_plan *plan)
+{
+    plan->pieces = 1;
     const int64_t rows = row->query_count * (job->problem->heads_q / job->problem->heads_kv);
     if (row->query_count == 0 || rows > SPLIT_ROWS) {
-        return 1;
+        return;
     }
-    int64_t most = 1;
+    int64_t most = 0;
     for (int64_t kv_head = 0; kv_head < job->problem->heads_kv; kv_head++) {
         const span s = make_span(job, row, kv_head, 0, row->query_count, false, NULL);
-        most = max_i64(most, ceil_div(count_blocks(&s), SPLIT_BLOCKS));
+        most = max_i64(most, count_blocks(&s));
     }
-    return most;
+    plan->piece_blocks = max_i64(ceil_div(most, SPLIT_PIECES), SPLIT_BLOCKS);
+    plan->pieces = max_i64(ceil_div(most, plan->piece_blocks), 1);
 }
 
 static double flops_of(const attend_job *job)
@@ -427,7 +441,7 @@ static int64_t choose_span_queries(const sa_problem *p)
     while (queries * group > 2 * CHUNK_ROWS && queries > 1 && total * p->heads_kv / queries < 4 * sa_get_threads()) {
         queries = (queries + 1) / 2;
     }
-    return queries >= TILE_ROWS ? queries / TILE_ROWS * TILE_ROWS : queries;
+    return queries >= PAD_ROWS ? queries / PAD_ROWS * PAD_ROWS : queries;
 }
 
 static sa_status plan_job(const sa_problem *p, attend_job *job)
@@ -444,7 +458,7 @@ static sa_status plan_job(const sa_problem *p, attend_job *job)
     for (int64_t i = 0; i < p->row_count; i++) {
         row_plan *plan = &job->rows[i];
         const int64_t count = p->rows[i].query_count, rows = count * group;
-        plan->pieces = pieces_of(job, &p->rows[i]);
+        cut_row(job, &p->rows[i], plan);
         plan->span_queries = rows <= SPLIT_ROWS ? max_i64(count, 1) : queries;
         plan->span_count = max_i64(ceil_div(count, plan->span_queries), 1);
         plan->first_task = job->tasks;
@@ -453,7 +467,7 @@ static sa_status plan_job(const sa_problem *p, attend_job *job)
         longest = max_i64(longest, min_i64(plan->span_queries, count));
         sa_path_count_row(use_direct(p, min_i64(plan->span_queries, count) * group) ? SA_PATH_DIRECT : SA_PATH_PACKED);
     }
-    job->scratch_rows = round_up(longest * group, TILE_ROWS);
+    job->scratch_rows = round_up(longest * group, PAD_ROWS);
     if (partial == 0) {
         return SA_OK;
     }

@@ -27,6 +27,12 @@ typedef struct span {
     float *weights;              /* bf16 pairs [CHUNK_ROWS, SCORE_STRIDE / 2] */
 } span;
 
+/* Register tiles work on whole tiles of rows. */
+static int64_t padded_rows(const span *s)
+{
+    return s->direct ? s->rows : round_up(s->rows, PAD_ROWS);
+}
+
 static void number_rows(const span *s)
 {
     for (int64_t r = 0; r < s->rows; r++) {
@@ -53,7 +59,7 @@ static void load_queries(const span *s, const void *data, int64_t head_stride, i
                                            : load_part(dtype, data, offset + word, depth - word));
         }
     }
-    memset(out + s->rows * s->query_stride, 0, (size_t)((round_up(s->rows, TILE_ROWS) - s->rows) * s->query_stride) * sizeof *out);
+    memset(out + s->rows * s->query_stride, 0, (size_t)((padded_rows(s) - s->rows) * s->query_stride) * sizeof *out);
 }
 
 static void load_span_queries(const span *s)
@@ -153,7 +159,7 @@ VEC_INLINE vec_f32 score_of(vec_f32 product, const row_terms *terms, int64_t col
     return x;
 }
 
-/* Products -> scores, masked to `seen`, over columns low .. high - 1 (multiples of LANES). Returns the largest. */
+/* Products -> scores, masked to `seen`, over columns low .. high - 1 (multiples of GRAIN). Returns the largest. */
 static float finish_scores(float *scores, const row_terms *terms, sa_range seen, int64_t low, int64_t high)
 {
     vec_f32 largest = vec_set1(-INFINITY);

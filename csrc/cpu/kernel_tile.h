@@ -9,7 +9,33 @@ enum {
     TILE_COLUMNS = TILE_VECS * LANES,
     BLOCK_KEYS = 128,                     /* keys of one block; blocks lie on a grid that starts at the run */
     SCORE_STRIDE = BLOCK_KEYS + LANES,    /* direct scores write up to three columns too many */
+#ifdef VEC_AMX
+    PAD_ROWS = 16,           /* rows of queries, scores and sums come in whole tiles */
+    PAD_WORDS = 16,          /* words of pairs too, with zeros behind the last */
+    GRAIN = TILE_COLUMNS,    /* columns of scores that are worked on together */
+    DIRECT_PAIRS = 0,        /* outside tiles this processor is faster with fp32 */
+#else
+    PAD_ROWS = TILE_ROWS,
+    PAD_WORDS = 1,
+    GRAIN = LANES,
+    DIRECT_PAIRS = 1,
+#endif
 };
+
+/* Around all that a task does. */
+static void begin_task(void)
+{
+#ifdef VEC_AMX
+    amx_begin();
+#endif
+}
+
+static void end_task(void)
+{
+#ifdef VEC_AMX
+    amx_end();
+#endif
+}
 
 /* c[rows, vecs * LANES] (+)= a[rows, words] * panel[words, TILE_COLUMNS]. One word of a against one row of the panel at a time, in order,
  * so that an element's sum does not depend on the tile it was computed in. */
@@ -63,10 +89,33 @@ static const multiply_function (*const multiplies_bf16)[2] = multiplies_f32; /* 
 enum { HAS_BF16_DOT = 0 };
 #endif
 
+#ifdef VEC_AMX
+static void multiply_tiles(const float *a, int64_t a_stride, const float *panels, int64_t panel_stride, int64_t words, float *c,
+                           int64_t c_stride, int64_t rows, int64_t columns, bool add)
+{
+    for (int64_t column = 0; column < columns; column += TILE_COLUMNS) {
+        const float *panel = panels + column / TILE_COLUMNS * panel_stride;
+        int64_t r = 0;
+        for (; r + AMX_SIDE < rows; r += 2 * AMX_SIDE) {
+            amx_multiply_2(a + r * a_stride, a_stride, panel, words, c + r * c_stride + column, c_stride, add);
+        }
+        if (r < rows) {
+            amx_multiply_1(a + r * a_stride, a_stride, panel, words, c + r * c_stride + column, c_stride, add);
+        }
+    }
+}
+#endif
+
 /* rows x columns of c from packed panels; `rows` and `columns` may be any number, memory is padded to full tiles. */
 static void multiply(bool pairs, const float *a, int64_t a_stride, const float *panels, int64_t panel_stride, int64_t words, float *c,
                      int64_t c_stride, int64_t rows, int64_t columns, bool add)
 {
+#ifdef VEC_AMX
+    if (pairs) {
+        multiply_tiles(a, a_stride, panels, panel_stride, words, c, c_stride, rows, columns, add);
+        return;
+    }
+#endif
     const multiply_function(*functions)[2] = pairs ? multiplies_bf16 : multiplies_f32;
     for (int64_t column = 0; column < columns; column += TILE_COLUMNS) {
         const int wide = columns - column > LANES;
@@ -140,7 +189,7 @@ static void store_row(sa_dtype dtype, void *data, int64_t offset, const float *v
 
 static int64_t words_of(bool pairs, int64_t depth)
 {
-    return pairs ? (depth + 1) / 2 : depth;
+    return pairs ? round_up((depth + 1) / 2, PAD_WORDS) : depth;
 }
 
 /* Keys low .. high - 1 of a block as panels [columns / TILE_COLUMNS][words][TILE_COLUMNS]; the other columns of touched panels are zero. */
@@ -185,7 +234,7 @@ VEC_INLINE void pack_values_as(sa_dtype dtype, bool pairs, const void *value, in
         for (int64_t key = low; key < high && !pairs; key++) {
             vec_store(panel + key * TILE_COLUMNS, load_part(dtype, value, key * value_stride + column, left));
         }
-        for (int64_t pair = low / 2; pair < (high + 1) / 2 && pairs; pair++) {
+        for (int64_t pair = low / 2 / PAD_WORDS * PAD_WORDS; pair < round_up((high + 1) / 2, PAD_WORDS) && pairs; pair++) {
             uint16_t halves[2][LANES] = {{0}};
             for (int64_t i = 0; i < 2; i++) {
                 const int64_t key = 2 * pair + i;
@@ -229,11 +278,46 @@ static pack_function value_packer(sa_dtype dtype, bool pairs)
 
 /* --- direct ----------------------------------------------------------------------------------------------------------------------- */
 
-/* scores[rows, 4] = query rows . keys, up to 4 rows and 4 keys; depth is a multiple of the step. */
+/* Keys or values of one block, where they lie. `next` is row 0 of what is read after them: values after keys, the next block's keys after
+ * values, so that what is asked for early goes on across that border. */
+typedef struct direct_rows {
+    const char *data, *next;      /* row 0 of the block */
+    int64_t stride, next_stride;  /* bytes */
+    int64_t low, high;
+} direct_rows;
+
+/* Memory never waits for arithmetic: a page ahead of every row that is read is asked for, past the second level, and of every page one line
+ * while it is PAGES_AHEAD away, since the first touch of a page also waits for its address. */
+enum { PAGE_BYTES = 4096, PAGES_AHEAD = 4 };
+
+VEC_INLINE int64_t bytes_of(sa_dtype dtype, int64_t count)
+{
+    return dtype == SA_F32 ? 4 * count : 2 * count;
+}
+
+VEC_INLINE const char *row_ahead(const direct_rows *rows, int64_t row)
+{
+    return row < rows->high ? rows->data + row * rows->stride : rows->next + (row - rows->high) * rows->next_stride;
+}
+
+VEC_INLINE void prefetch_ahead(const direct_rows *rows, int64_t row, int64_t bytes)
+{
+    const int64_t page = PAGE_BYTES / bytes;
+    const char *soon = row_ahead(rows, row + page);
+#pragma GCC unroll 8
+    for (int64_t byte = 0; byte < bytes; byte += 64) {
+        __builtin_prefetch(soon + byte, 0, 0);
+    }
+    if ((row * bytes & (PAGE_BYTES - 1)) < bytes) {
+        __builtin_prefetch(row_ahead(rows, row + PAGES_AHEAD * page), 0, 0);
+    }
+}
+
+/* scores[rows, 4] = query rows . keys; depth is a multiple of the step. */
 VEC_INLINE void dot_tile(sa_dtype dtype, bool pairs, int rows, const float *query, int64_t query_stride, const void *const keys[4],
                          int64_t depth, float *scores)
 {
-    vec_f32 sum[4][4];
+    vec_f32 sum[DIRECT_TILE_ROWS][4];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
@@ -267,146 +351,149 @@ VEC_INLINE void dot_tile(sa_dtype dtype, bool pairs, int rows, const float *quer
     }
 }
 
-typedef struct direct_keys {
-    const void *data; /* first key of the block */
-    int64_t stride;
-    int64_t low, high;
-} direct_keys;
-
-/* Rows this far ahead are asked for early: the processor's own prefetchers do not cross from one block's keys to its values in time. */
-enum { PREFETCH_ROWS = 16 };
-
-VEC_INLINE void prefetch_row(sa_dtype dtype, const void *data, int64_t offset, int64_t count)
+VEC_INLINE void score_rows(sa_dtype dtype, bool pairs, bool first, int rows, const float *query, int64_t query_stride,
+                           const direct_rows *where, int64_t depth, float *scores)
 {
-    const char *row = sa_at(data, dtype, offset);
-    for (int64_t byte = 0; byte < count * (dtype == SA_F32 ? 4 : 2); byte += 64) {
-        __builtin_prefetch(row + byte, 0, 3);
-    }
-}
-
-VEC_INLINE void score_rows(sa_dtype dtype, bool pairs, int rows, const float *query, int64_t query_stride, const direct_keys *keys,
-                           int64_t depth, float *scores)
-{
+    const direct_rows copy = *where, *keys = &copy; /* nothing that is stored can change it */
     for (int64_t key = keys->low; key < keys->high; key += 4) {
         const void *four[4];
         for (int64_t i = 0; i < 4; i++) {
-            four[i] = sa_at(keys->data, dtype, min_i64(key + i, keys->high - 1) * keys->stride);
-            prefetch_row(dtype, keys->data, (key + i + PREFETCH_ROWS) * keys->stride, depth);
+            four[i] = keys->data + min_i64(key + i, keys->high - 1) * keys->stride;
+            if (first) {
+                prefetch_ahead(keys, key + i, bytes_of(dtype, depth));
+            }
         }
         dot_tile(dtype, pairs, rows, query, query_stride, four, depth, scores + key);
     }
 }
 
 VEC_INLINE void score_direct_as(sa_dtype dtype, bool pairs, const float *query, int64_t query_stride, int64_t rows,
-                                const direct_keys *keys, int64_t depth, float *scores)
+                                const direct_rows *keys, float *scores, int64_t depth)
 {
     for (int64_t r = 0; r < rows;) {
         const float *from = query + r * query_stride;
         float *to = scores + r * SCORE_STRIDE;
-        if (rows - r >= 4) {
-            score_rows(dtype, pairs, 4, from, query_stride, keys, depth, to);
-            r += 4;
+        if (DIRECT_TILE_ROWS >= 4 && rows - r >= 4) {
+            score_rows(dtype, pairs, r == 0, DIRECT_TILE_ROWS, from, query_stride, keys, depth, to);
+            r += DIRECT_TILE_ROWS;
         } else if (rows - r >= 2) {
-            score_rows(dtype, pairs, 2, from, query_stride, keys, depth, to);
+            score_rows(dtype, pairs, r == 0, 2, from, query_stride, keys, depth, to);
             r += 2;
         } else {
-            score_rows(dtype, pairs, 1, from, query_stride, keys, depth, to);
+            score_rows(dtype, pairs, r == 0, 1, from, query_stride, keys, depth, to);
             r += 1;
         }
     }
 }
 
-static void score_direct(sa_dtype dtype, bool pairs, const float *query, int64_t query_stride, int64_t rows, const direct_keys *keys,
+/* FUNCTION with the depths of most models as constants. */
+#define WITH_DEPTH(FUNCTION, depth, ...)            \
+    do {                                            \
+        switch (depth) {                            \
+        case 64: FUNCTION(__VA_ARGS__, 64); break;  \
+        case 128: FUNCTION(__VA_ARGS__, 128); break; \
+        default: FUNCTION(__VA_ARGS__, depth);      \
+        }                                           \
+    } while (0)
+
+static void score_direct(sa_dtype dtype, bool pairs, const float *query, int64_t query_stride, int64_t rows, const direct_rows *keys,
                          int64_t depth, float *scores)
 {
     switch (dtype) {
-    case SA_F32: score_direct_as(SA_F32, false, query, query_stride, rows, keys, depth, scores); break;
-    case SA_F16: score_direct_as(SA_F16, false, query, query_stride, rows, keys, depth, scores); break;
+    case SA_F32: WITH_DEPTH(score_direct_as, depth, SA_F32, false, query, query_stride, rows, keys, scores); break;
+    case SA_F16: WITH_DEPTH(score_direct_as, depth, SA_F16, false, query, query_stride, rows, keys, scores); break;
     default:
         if (pairs) {
-            score_direct_as(SA_BF16, true, query, query_stride, rows, keys, depth, scores);
+            WITH_DEPTH(score_direct_as, depth, SA_BF16, true, query, query_stride, rows, keys, scores);
         } else {
-            score_direct_as(SA_BF16, false, query, query_stride, rows, keys, depth, scores);
+            WITH_DEPTH(score_direct_as, depth, SA_BF16, false, query, query_stride, rows, keys, scores);
         }
     }
 }
 
-/* acc[rows, vecs * LANES] += weights[rows, keys] * values[keys, ..] */
-VEC_INLINE void add_values_tile(sa_dtype dtype, int rows, int vecs, const float *weights, const direct_keys *values, int64_t column,
-                                float *acc, int64_t acc_stride)
+/* acc[rows, vecs * LANES] += weights[rows, low .. high - 1] * values[low .. high - 1, column ..] */
+VEC_INLINE void add_values_tile(sa_dtype dtype, bool first, int rows, int vecs, const float *weights, const direct_rows *where, int64_t low,
+                                int64_t high, int64_t depth, int64_t column, float *acc, int64_t acc_stride)
 {
-    vec_f32 sum[4][4];
-#pragma GCC unroll 4
+    const direct_rows copy = *where, *values = &copy;
+    vec_f32 sum[2][DIRECT_TILE_VECS];
+#pragma GCC unroll 2
     for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < vecs; v++) {
             sum[r][v] = vec_load(acc + r * acc_stride + column + v * LANES);
         }
     }
-    for (int64_t key = values->low; key < values->high; key++) {
-        vec_f32 value[4];
-        prefetch_row(dtype, values->data, (key + PREFETCH_ROWS) * values->stride + column, vecs * LANES);
-#pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) {
-            value[v] = load_lanes(dtype, values->data, key * values->stride + column + v * LANES);
+    for (int64_t key = low; key < high; key++) {
+        const char *row = values->data + key * values->stride;
+        vec_f32 weight[2];
+        if (first) {
+            prefetch_ahead(values, key, bytes_of(dtype, depth));
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
-            const vec_f32 weight = vec_set1(weights[r * SCORE_STRIDE + key]);
-#pragma GCC unroll 4
-            for (int v = 0; v < vecs; v++) {
-                sum[r][v] = vec_fma(weight, value[v], sum[r][v]);
+            weight[r] = vec_set1(weights[r * SCORE_STRIDE + key]);
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < vecs; v++) {
+            const vec_f32 value = load_lanes(dtype, row, column + v * LANES);
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; r++) {
+                sum[r][v] = vec_fma(weight[r], value, sum[r][v]);
             }
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < vecs; v++) {
             vec_store(acc + r * acc_stride + column + v * LANES, sum[r][v]);
         }
     }
 }
 
-VEC_INLINE void add_values_rows(sa_dtype dtype, int rows, const float *weights, const direct_keys *values, int64_t depth, float *acc,
-                                int64_t acc_stride)
+VEC_INLINE void add_values_rows(sa_dtype dtype, bool first, int rows, const float *weights, const direct_rows *values, int64_t low,
+                                int64_t high, int64_t depth, float *acc, int64_t acc_stride)
 {
-    for (int64_t column = 0; column < depth;) {
-        if (depth - column >= 4 * LANES) {
-            add_values_tile(dtype, rows, 4, weights, values, column, acc, acc_stride);
-            column += 4 * LANES;
-        } else {
-            add_values_tile(dtype, rows, 1, weights, values, column, acc, acc_stride);
-            column += LANES;
+    int64_t column = 0;
+    for (; depth - column >= DIRECT_TILE_VECS * LANES; column += DIRECT_TILE_VECS * LANES) {
+        add_values_tile(dtype, first && column == 0, rows, DIRECT_TILE_VECS, weights, values, low, high, depth, column, acc, acc_stride);
+    }
+    for (; depth - column >= 4 * LANES; column += 4 * LANES) {
+        add_values_tile(dtype, first && column == 0, rows, 4, weights, values, low, high, depth, column, acc, acc_stride);
+    }
+    for (; column < depth; column += LANES) {
+        add_values_tile(dtype, first && column == 0, rows, 1, weights, values, low, high, depth, column, acc, acc_stride);
+    }
+}
+
+/* A few values at a time for all rows, so that the second pair of rows finds them in the first level. */
+enum { VALUE_STEP = 16 };
+
+VEC_INLINE void add_values_as(sa_dtype dtype, const float *weights, int64_t rows, const direct_rows *values, float *acc, int64_t acc_stride,
+                              int64_t depth)
+{
+    for (int64_t low = values->low; low < values->high; low += VALUE_STEP) {
+        const int64_t high = min_i64(low + VALUE_STEP, values->high);
+        for (int64_t r = 0; r < rows; r += 2) {
+            const float *from = weights + r * SCORE_STRIDE;
+            float *to = acc + r * acc_stride;
+            if (rows - r >= 2) {
+                add_values_rows(dtype, r == 0, 2, from, values, low, high, depth, to, acc_stride);
+            } else {
+                add_values_rows(dtype, r == 0, 1, from, values, low, high, depth, to, acc_stride);
+            }
         }
     }
 }
 
-VEC_INLINE void add_values_as(sa_dtype dtype, const float *weights, int64_t rows, const direct_keys *values, int64_t depth, float *acc,
-                              int64_t acc_stride)
-{
-    for (int64_t r = 0; r < rows;) {
-        const int64_t step = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
-        const float *from = weights + r * SCORE_STRIDE;
-        float *to = acc + r * acc_stride;
-        if (step == 4) {
-            add_values_rows(dtype, 4, from, values, depth, to, acc_stride);
-        } else if (step == 2) {
-            add_values_rows(dtype, 2, from, values, depth, to, acc_stride);
-        } else {
-            add_values_rows(dtype, 1, from, values, depth, to, acc_stride);
-        }
-        r += step;
-    }
-}
-
-static void add_values_direct(sa_dtype dtype, const float *weights, int64_t rows, const direct_keys *values, int64_t depth, float *acc,
+static void add_values_direct(sa_dtype dtype, const float *weights, int64_t rows, const direct_rows *values, int64_t depth, float *acc,
                               int64_t acc_stride)
 {
     switch (dtype) {
-    case SA_F32: add_values_as(SA_F32, weights, rows, values, depth, acc, acc_stride); break;
-    case SA_F16: add_values_as(SA_F16, weights, rows, values, depth, acc, acc_stride); break;
-    default: add_values_as(SA_BF16, weights, rows, values, depth, acc, acc_stride); break;
+    case SA_F32: WITH_DEPTH(add_values_as, depth, SA_F32, weights, rows, values, acc, acc_stride); break;
+    case SA_F16: WITH_DEPTH(add_values_as, depth, SA_F16, weights, rows, values, acc, acc_stride); break;
+    default: WITH_DEPTH(add_values_as, depth, SA_BF16, weights, rows, values, acc, acc_stride); break;
     }
 }
 

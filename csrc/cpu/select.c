@@ -30,6 +30,21 @@ static const entry entries[] = {
 #else
     {"avx512bf16", NULL},
 #endif
+#ifdef SA_HAVE_AMX
+    {"amx", &sa_table_amx},
+#else
+    {"amx", NULL},
+#endif
+#ifdef SA_HAVE_NEON
+    {"neon", &sa_table_neon},
+#else
+    {"neon", NULL},
+#endif
+#ifdef SA_HAVE_NEONBF16
+    {"neonbf16", &sa_table_neonbf16},
+#else
+    {"neonbf16", NULL},
+#endif
 };
 
 enum { ENTRIES = sizeof entries / sizeof entries[0] };
@@ -79,7 +94,8 @@ static const sa_cpu_table *choose(void)
     bool passed_over = false;
     for (int i = ENTRIES - 1; table == NULL; i--) {
         const sa_cpu_table *candidate = sa_table_usable(i) ? entries[i].table : NULL;
-        const bool slow = candidate != NULL && (candidate->needs & SA_CPU_AVX512_BF16) && (sa_cpu_probe() & SA_CPU_SLOW_BF16_DOT);
+        const unsigned bf16_units = SA_CPU_AVX512_BF16 | SA_CPU_AMX_BF16;
+        const bool slow = candidate != NULL && (candidate->needs & bf16_units) == SA_CPU_AVX512_BF16 && (sa_cpu_probe() & SA_CPU_SLOW_BF16_DOT);
         passed_over = passed_over || slow;
         table = slow ? NULL : candidate;
     }
@@ -100,6 +116,27 @@ const sa_cpu_table *sa_table(void)
         atomic_store_explicit(&chosen, table, memory_order_release);
     }
     return table;
+}
+
+static bool has_peak(const sa_peak_loops *loops, sa_peak_kind kind)
+{
+    if (loops == NULL) {
+        return false;
+    }
+    return kind == SA_PEAK_FMA ? loops->fma != NULL : kind == SA_PEAK_READ ? loops->read != NULL : loops->bf16_dot != NULL;
+}
+
+const sa_cpu_table *sa_table_with_peak(sa_peak_kind kind)
+{
+    if (has_peak(sa_table()->peak, kind)) {
+        return sa_table();
+    }
+    for (int i = ENTRIES - 1; i >= 0; i--) {
+        if (sa_table_usable(i) && has_peak(entries[i].table->peak, kind)) {
+            return entries[i].table;
+        }
+    }
+    return NULL;
 }
 
 const char *sa_table_chosen(void)

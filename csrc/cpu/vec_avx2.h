@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 8, TILE_ROWS = 6, TILE_VECS = 2 };
+enum { LANES = 8, TILE_ROWS = 6, TILE_VECS = 2, DIRECT_TILE_ROWS = 2, DIRECT_TILE_VECS = 4 };
 
 typedef __m256 vec_f32;
 

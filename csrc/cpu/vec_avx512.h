@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 16, TILE_ROWS = 12, TILE_VECS = 2 };
+enum { LANES = 16, TILE_ROWS = 12, TILE_VECS = 2, DIRECT_TILE_ROWS = 4, DIRECT_TILE_VECS = 8 };
 
 typedef __m512 vec_f32;
 

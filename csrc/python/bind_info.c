@@ -1,4 +1,6 @@
 /* Threads, kernel tables, and what show_config() tells. */
+#include <string.h>
+
 #include "array.h"
 
 static PyObject *set_num_threads(PyObject *module, PyObject *count)
@@ -45,6 +47,38 @@ static PyObject *use_cpu_table(PyObject *module, PyObject *name)
         return NULL;
     }
     return before;
+}
+
+/* peak(kind, buffer) -> (work per second, table): one trial. */
+static PyObject *peak(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    static const char *const kinds[] = {"fma", "bf16_dot", "read"}; /* in the order of sa_peak_kind */
+    (void)module;
+    const char *text = count == 2 && PyUnicode_Check(arguments[0]) ? PyUnicode_AsUTF8(arguments[0]) : NULL;
+    int kind = 0;
+    while (text != NULL && kind < 3 && strcmp(text, kinds[kind]) != 0) {
+        kind++;
+    }
+    if (text == NULL || kind == 3) {
+        PyErr_SetString(PyExc_ValueError, "peak(): expected kind, 'fma', 'bf16_dot' or 'read', and a buffer or None");
+        return NULL;
+    }
+    Py_buffer view = {0};
+    if (arguments[1] != Py_None && PyObject_GetBuffer(arguments[1], &view, PyBUF_SIMPLE) < 0) {
+        return NULL;
+    }
+    double rate;
+    const char *table;
+    sa_released released;
+    sa_release(&released);
+    const sa_status status = sa_peak((sa_peak_kind)kind, view.buf, view.len, released.poll, &rate, &table);
+    sa_reacquire(&released);
+    PyBuffer_Release(&view);
+    if (status != SA_OK) {
+        sa_raise(status);
+        return NULL;
+    }
+    return Py_BuildValue("ds", rate, table);
 }
 
 static int put(PyObject *dictionary, const char *key, PyObject *value)
@@ -97,6 +131,7 @@ PyMethodDef sa_info_methods[] = {
     {"set_num_threads", set_num_threads, METH_O, NULL},
     {"get_num_threads", get_num_threads, METH_NOARGS, NULL},
     {"use_cpu_table", use_cpu_table, METH_O, "Switches the kernel table; returns the name of the one before."},
+    {"peak", (PyCFunction)(void (*)(void))peak, METH_FASTCALL, "One trial of what the machine can do at most."},
     {"config", config, METH_NOARGS, NULL},
     {0},
 };
