@@ -4,6 +4,7 @@ SINKATTN_WERROR=1      warnings are errors
 SINKATTN_SANITIZE=...  for example address,undefined
 SINKATTN_DEBUG=1       -O1 -g, assertions on
 SINKATTN_COVERAGE=1    gcov counters
+SINKATTN_CANARY=1      with mistakes that a sanitizer or valgrind must catch
 """
 
 import os
@@ -29,6 +30,7 @@ ISA_FLAGS = {
     "attend_avx2.c": (AVX2, "__AVX2__"),
     "attend_avx512.c": (AVX512, "__AVX512F__"),
     "attend_avx512bf16.c": ([*AVX512, "-mavx512bf16"], "__AVX512BF16__"),
+    "attend_amx.c": ([*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"], "__AMX_BF16__"),
     "attend_neon.c": ([], "__aarch64__"),
     "attend_neonbf16.c": (["-march=armv8.2-a+bf16"], "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC"),
 }
@@ -50,9 +52,13 @@ def common_flags():
 def instrument_flags():
     flags = []
     if sanitize := os.environ.get("SINKATTN_SANITIZE"):
-        flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"]
+        # Python's own flags may say -fwrapv, which hides overflows from the sanitizer.
+        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-wrapv",
+                  "-fno-omit-frame-pointer", "-g"]
     if switch("SINKATTN_COVERAGE"):
         flags += ["--coverage"]
+    if switch("SINKATTN_CANARY"):
+        flags += ["-DSA_CANARY"]
     return flags
 
 

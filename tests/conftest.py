@@ -9,10 +9,11 @@ from sinkattn.config import cpu_tables, use_cpu_table
 if errors.LOG:
     errors.watch()
 
-TABLES = ("reference", "avx2", "avx512", "avx512bf16", "neon", "neonbf16")
+TABLES = ("reference", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60,
                           suppress_health_check=list(HealthCheck))
+settings.register_profile("few", settings.get_profile("ci"), max_examples=12)
 settings.register_profile("default", settings.get_profile("ci"), max_examples=40)
 settings.register_profile("deep", settings.get_profile("ci"), max_examples=1500, derandomize=False,
                           print_blob=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+INSTRUMENTED = os.environ.get("SINKATTN_INSTRUMENTED") == "1"  # memory and time are not the shipped ones
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ("-std=gnu11", "-pthread", "-fno-math-errno", "-ffp-contract=off", "-UNDEBUG")
 WARN = ("-Wall", "-Wextra", "-Werror")  # of the tests' own sources: setup.py watches over the core

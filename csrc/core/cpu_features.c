@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 static unsigned long long saved_registers(void)
 {
@@ -18,6 +22,17 @@ static bool made_by_intel(void)
 {
     unsigned a, b, c, d;
     return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && c == signature_INTEL_ecx && d == signature_INTEL_edx;
+}
+
+/* Linux saves tile registers only for a process that has asked for it, all its threads with it. */
+static bool tiles_granted(void)
+{
+#if defined(__linux__)
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
 }
 
 unsigned sa_cpu_probe(void)
@@ -45,7 +60,8 @@ unsigned sa_cpu_probe(void)
         found |= (d & 1u << 23) ? SA_CPU_AVX512_FP16 : 0;
         found |= made_by_intel() ? SA_CPU_SLOW_BF16_DOT : 0;
     }
-    if ((saved & tiles) == tiles && (d & 1u << 22)) {
+    const unsigned bf16_and_tile = 1u << 22 | 1u << 24;
+    if ((saved & tiles) == tiles && (d & bf16_and_tile) == bf16_and_tile && tiles_granted()) {
         found |= SA_CPU_AMX_BF16;
     }
     return found;

@@ -139,7 +139,7 @@ static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_ran
         if (!whole && !columns_of_chunk(s, run, r0, rows, begin, seen, &all)) {
             continue;
         }
-        const int64_t panel = all.low / TILE_COLUMNS, low = all.low / LANES * LANES, high = round_up(all.high, LANES);
+        const int64_t panel = all.low / TILE_COLUMNS, low = all.low / GRAIN * GRAIN, high = round_up(all.high, GRAIN);
         multiply(s->pairs, query + r0 * s->query_stride, s->query_stride, s->keys + panel * words * TILE_COLUMNS, words * TILE_COLUMNS,
                  words, s->scores + panel * TILE_COLUMNS, SCORE_STRIDE, rows, high - panel * TILE_COLUMNS, false);
         for (int64_t r = 0; r < rows; r++) {
@@ -150,7 +150,8 @@ static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_ran
                 softmax_row(s, run, r0 + r, begin, whole ? all : seen[r], low, high, s->scores + r * SCORE_STRIDE, halves);
             }
         }
-        const int64_t first = s->pairs ? all.low / 2 : all.low, last = s->pairs ? (all.high + 1) / 2 : all.high;
+        const int64_t first = s->pairs ? all.low / 2 / PAD_WORDS * PAD_WORDS : all.low;
+        const int64_t last = s->pairs ? round_up((all.high + 1) / 2, PAD_WORDS) : all.high;
         const float *weights = s->pairs ? s->weights : s->scores;
         multiply(s->pairs, weights + first, s->pairs ? SCORE_STRIDE / 2 : SCORE_STRIDE, s->values + first * TILE_COLUMNS,
                  value_words * TILE_COLUMNS, last - first, s->acc + r0 * s->acc_stride, s->acc_stride, rows, p->depth_v, true);
@@ -225,7 +226,7 @@ static float *carve(float **next, int64_t count)
 
 static bool use_pairs(const sa_problem *p, bool direct)
 {
-    return HAS_BF16_DOT && p->dtype == SA_BF16 && (!direct || p->depth % (2 * LANES) == 0);
+    return HAS_BF16_DOT && p->dtype == SA_BF16 && (!direct || (DIRECT_PAIRS && p->depth % (2 * LANES) == 0));
 }
 
 static bool use_direct(const sa_problem *p, int64_t rows)
@@ -358,9 +359,8 @@ static int64_t row_of_task(const attend_job *job, int64_t task)
     return low;
 }
 
-static void attend_task(void *context, int64_t task, sa_worker *worker)
+static void attend_part(const attend_job *job, int64_t task, sa_worker *worker)
 {
-    const attend_job *job = context;
     const int64_t index = row_of_task(job, task);
     const row_plan *plan = &job->rows[index];
     const sa_row *row = &job->problem->rows[index];
@@ -390,6 +390,13 @@ static void attend_task(void *context, int64_t task, sa_worker *worker)
         join_pieces(plan, &s);
         write_span(&s);
     }
+}
+
+static void attend_task(void *context, int64_t task, sa_worker *worker)
+{
+    begin_task();
+    attend_part(context, task, worker);
+    end_task();
 }
 
 /* How a row's keys are cut into pieces: by its own shape alone. */
@@ -434,7 +441,7 @@ static int64_t choose_span_queries(const sa_problem *p)
     while (queries * group > 2 * CHUNK_ROWS && queries > 1 && total * p->heads_kv / queries < 4 * sa_get_threads()) {
         queries = (queries + 1) / 2;
     }
-    return queries >= TILE_ROWS ? queries / TILE_ROWS * TILE_ROWS : queries;
+    return queries >= PAD_ROWS ? queries / PAD_ROWS * PAD_ROWS : queries;
 }
 
 static sa_status plan_job(const sa_problem *p, attend_job *job)
@@ -460,7 +467,7 @@ static sa_status plan_job(const sa_problem *p, attend_job *job)
         longest = max_i64(longest, min_i64(plan->span_queries, count));
         sa_path_count_row(use_direct(p, min_i64(plan->span_queries, count) * group) ? SA_PATH_DIRECT : SA_PATH_PACKED);
     }
-    job->scratch_rows = round_up(longest * group, TILE_ROWS);
+    job->scratch_rows = round_up(longest * group, PAD_ROWS);
     if (partial == 0) {
         return SA_OK;
     }

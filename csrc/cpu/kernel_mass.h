@@ -68,7 +68,7 @@ static void add_tile_mass(const mass_tile *m, int64_t block)
     for (int64_t r0 = 0; r0 < s->rows; r0 += CHUNK_ROWS) {
         const int64_t rows = min_i64(CHUNK_ROWS, s->rows - r0);
         multiply(s->pairs, query + r0 * s->query_stride, s->query_stride, panels, words * TILE_COLUMNS, words, s->scores, SCORE_STRIDE, rows,
-                 round_up(min_i64(BLOCK_KEYS, m->run->count - begin), LANES), false);
+                 round_up(min_i64(BLOCK_KEYS, m->run->count - begin), GRAIN), false);
         for (int64_t r = 0; r < rows; r++) {
             add_row_mass(m, r0 + r, begin, s->scores + r * SCORE_STRIDE);
         }
@@ -143,9 +143,11 @@ static void mass_task(void *context, int64_t task, sa_worker *worker)
     m.panels = carve(&scratch, MASS_BLOCKS * panel_size(&m.s));
     m.mean = carve(&scratch, job->tile_queries * BLOCK_KEYS);
     memset(m.total, 0, MASS_BLOCKS * BLOCK_KEYS * sizeof(double));
+    begin_task();
     pack_task_keys(&m);
     mass_queries(&m, job, worker);
     write_mass(&m);
+    end_task();
 }
 
 static sa_status mass_pass(const sa_problem *p, sa_poll poll)
@@ -155,7 +157,7 @@ static sa_status mass_pass(const sa_problem *p, sa_poll poll)
     job.tile_queries = max_i64(2 * CHUNK_ROWS / group, 1);
     job.attend.acc_stride = round_up(p->depth_v, TILE_COLUMNS);
     job.attend.query_stride = round_up(p->depth, LANES);
-    job.attend.scratch_rows = round_up(job.tile_queries * group, TILE_ROWS);
+    job.attend.scratch_rows = round_up(job.tile_queries * group, PAD_ROWS);
     const int64_t entries = p->row_count * SA_MAX_RUNS;
     job.first_task = malloc((size_t)(entries + 1) * sizeof *job.first_task);
     if (job.first_task == NULL) {

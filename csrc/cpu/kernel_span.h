@@ -30,7 +30,7 @@ typedef struct span {
 /* Register tiles work on whole tiles of rows. */
 static int64_t padded_rows(const span *s)
 {
-    return s->direct ? s->rows : round_up(s->rows, TILE_ROWS);
+    return s->direct ? s->rows : round_up(s->rows, PAD_ROWS);
 }
 
 static void number_rows(const span *s)
@@ -159,7 +159,7 @@ VEC_INLINE vec_f32 score_of(vec_f32 product, const row_terms *terms, int64_t col
     return x;
 }
 
-/* Products -> scores, masked to `seen`, over columns low .. high - 1 (multiples of LANES). Returns the largest. */
+/* Products -> scores, masked to `seen`, over columns low .. high - 1 (multiples of GRAIN). Returns the largest. */
 static float finish_scores(float *scores, const row_terms *terms, sa_range seen, int64_t low, int64_t high)
 {
     vec_f32 largest = vec_set1(-INFINITY);

@@ -9,7 +9,33 @@ enum {
     TILE_COLUMNS = TILE_VECS * LANES,
     BLOCK_KEYS = 128,                     /* keys of one block; blocks lie on a grid that starts at the run */
     SCORE_STRIDE = BLOCK_KEYS + LANES,    /* direct scores write up to three columns too many */
+#ifdef VEC_AMX
+    PAD_ROWS = 16,           /* rows of queries, scores and sums come in whole tiles */
+    PAD_WORDS = 16,          /* words of pairs too, with zeros behind the last */
+    GRAIN = TILE_COLUMNS,    /* columns of scores that are worked on together */
+    DIRECT_PAIRS = 0,        /* outside tiles this processor is faster with fp32 */
+#else
+    PAD_ROWS = TILE_ROWS,
+    PAD_WORDS = 1,
+    GRAIN = LANES,
+    DIRECT_PAIRS = 1,
+#endif
 };
+
+/* Around all that a task does. */
+static void begin_task(void)
+{
+#ifdef VEC_AMX
+    amx_begin();
+#endif
+}
+
+static void end_task(void)
+{
+#ifdef VEC_AMX
+    amx_end();
+#endif
+}
 
 /* c[rows, vecs * LANES] (+)= a[rows, words] * panel[words, TILE_COLUMNS]. One word of a against one row of the panel at a time, in order,
  * so that an element's sum does not depend on the tile it was computed in. */
@@ -63,10 +89,33 @@ static const multiply_function (*const multiplies_bf16)[2] = multiplies_f32; /* 
 enum { HAS_BF16_DOT = 0 };
 #endif
 
+#ifdef VEC_AMX
+static void multiply_tiles(const float *a, int64_t a_stride, const float *panels, int64_t panel_stride, int64_t words, float *c,
+                           int64_t c_stride, int64_t rows, int64_t columns, bool add)
+{
+    for (int64_t column = 0; column < columns; column += TILE_COLUMNS) {
+        const float *panel = panels + column / TILE_COLUMNS * panel_stride;
+        int64_t r = 0;
+        for (; r + AMX_SIDE < rows; r += 2 * AMX_SIDE) {
+            amx_multiply_2(a + r * a_stride, a_stride, panel, words, c + r * c_stride + column, c_stride, add);
+        }
+        if (r < rows) {
+            amx_multiply_1(a + r * a_stride, a_stride, panel, words, c + r * c_stride + column, c_stride, add);
+        }
+    }
+}
+#endif
+
 /* rows x columns of c from packed panels; `rows` and `columns` may be any number, memory is padded to full tiles. */
 static void multiply(bool pairs, const float *a, int64_t a_stride, const float *panels, int64_t panel_stride, int64_t words, float *c,
                      int64_t c_stride, int64_t rows, int64_t columns, bool add)
 {
+#ifdef VEC_AMX
+    if (pairs) {
+        multiply_tiles(a, a_stride, panels, panel_stride, words, c, c_stride, rows, columns, add);
+        return;
+    }
+#endif
     const multiply_function(*functions)[2] = pairs ? multiplies_bf16 : multiplies_f32;
     for (int64_t column = 0; column < columns; column += TILE_COLUMNS) {
         const int wide = columns - column > LANES;
@@ -140,7 +189,7 @@ static void store_row(sa_dtype dtype, void *data, int64_t offset, const float *v
 
 static int64_t words_of(bool pairs, int64_t depth)
 {
-    return pairs ? (depth + 1) / 2 : depth;
+    return pairs ? round_up((depth + 1) / 2, PAD_WORDS) : depth;
 }
 
 /* Keys low .. high - 1 of a block as panels [columns / TILE_COLUMNS][words][TILE_COLUMNS]; the other columns of touched panels are zero. */
@@ -185,7 +234,7 @@ VEC_INLINE void pack_values_as(sa_dtype dtype, bool pairs, const void *value, in
         for (int64_t key = low; key < high && !pairs; key++) {
             vec_store(panel + key * TILE_COLUMNS, load_part(dtype, value, key * value_stride + column, left));
         }
-        for (int64_t pair = low / 2; pair < (high + 1) / 2 && pairs; pair++) {
+        for (int64_t pair = low / 2 / PAD_WORDS * PAD_WORDS; pair < round_up((high + 1) / 2, PAD_WORDS) && pairs; pair++) {
             uint16_t halves[2][LANES] = {{0}};
             for (int64_t i = 0; i < 2; i++) {
                 const int64_t key = 2 * pair + i;

@@ -30,6 +30,11 @@ static const entry entries[] = {
 #else
     {"avx512bf16", NULL},
 #endif
+#ifdef SA_HAVE_AMX
+    {"amx", &sa_table_amx},
+#else
+    {"amx", NULL},
+#endif
 #ifdef SA_HAVE_NEON
     {"neon", &sa_table_neon},
 #else
@@ -89,7 +94,8 @@ static const sa_cpu_table *choose(void)
     bool passed_over = false;
     for (int i = ENTRIES - 1; table == NULL; i--) {
         const sa_cpu_table *candidate = sa_table_usable(i) ? entries[i].table : NULL;
-        const bool slow = candidate != NULL && (candidate->needs & SA_CPU_AVX512_BF16) && (sa_cpu_probe() & SA_CPU_SLOW_BF16_DOT);
+        const unsigned bf16_units = SA_CPU_AVX512_BF16 | SA_CPU_AMX_BF16;
+        const bool slow = candidate != NULL && (candidate->needs & bf16_units) == SA_CPU_AVX512_BF16 && (sa_cpu_probe() & SA_CPU_SLOW_BF16_DOT);
         passed_over = passed_over || slow;
         table = slow ? NULL : candidate;
     }

@@ -30,6 +30,9 @@ extern const sa_cpu_table sa_table_avx512;
 #ifdef SA_HAVE_AVX512BF16
 extern const sa_cpu_table sa_table_avx512bf16;
 #endif
+#ifdef SA_HAVE_AMX
+extern const sa_cpu_table sa_table_amx;
+#endif
 #ifdef SA_HAVE_NEON
 extern const sa_cpu_table sa_table_neon;
 #endif

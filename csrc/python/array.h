@@ -78,6 +78,9 @@ void sa_reacquire(sa_released *released);
 
 extern PyType_Spec sa_buffer_spec, sa_cache_spec;
 extern PyMethodDef sa_attend_methods[], sa_merge_methods[], sa_info_methods[];
+#ifdef SA_CANARY
+extern PyMethodDef sa_canary_methods[];
+#endif
 sa_module *sa_module_of(PyObject *module);
 
 #endif

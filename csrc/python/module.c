@@ -26,6 +26,11 @@ static int execute(PyObject *module)
     if (!state->exchange_name || !state->dlpack_name || !state->device_name || !state->grad_name || !state->negated_name) {
         return -1;
     }
+#ifdef SA_CANARY
+    if (PyModule_AddFunctions(module, sa_canary_methods) < 0) {
+        return -1;
+    }
+#endif
     return add_type(module, &sa_cache_spec, &state->cache_type) < 0 || add_type(module, &sa_buffer_spec, &state->buffer_type) < 0 ||
                    PyModule_AddFunctions(module, sa_attend_methods) < 0 || PyModule_AddFunctions(module, sa_merge_methods) < 0 ||
                    PyModule_AddFunctions(module, sa_info_methods) < 0

@@ -145,7 +145,7 @@ static void attend(twins *t, fuzz_input *in)
     }
     bool far = false; /* distances beyond what fp32 tells apart */
     for (int64_t b = 0; b < config->batch; b++) {
-        far = far || t->rows[b].length > 1 << 12;
+        far = far || t->rows[b].length > 200;
     }
     if ((given & 8) && !far) {
         p.alibi_slopes = (sa_floats){numbers, {heads}, 1};
@@ -215,8 +215,8 @@ static void crop(twins *t, fuzz_input *in)
     const sa_cache_config *config = &t->config;
     const int64_t back = fuzz_range(in, 0, 12), longest = config->batch > 0 ? t->rows[0].length : 0;
     const int64_t length = fuzz_byte(in) < 240 ? longest - back : fuzz_hostile(in);
-    bool fit = length >= 0 || config->batch == 0;
-    for (int64_t b = 0; b < config->batch; b++) {
+    bool fit = length >= 0 || config->batch == 0; /* a cache without rows has nothing to refuse */
+    for (int64_t b = 0; b < config->batch && fit; b++) {
         const row_model *row = &t->rows[b];
         const int64_t needed = max_i64(length - config->window + 1, config->pinned);
         fit = fit && length <= row->length && (needed >= length || row->low <= needed);
@@ -255,7 +255,8 @@ static void restore(twins *t, fuzz_input *in)
     for (int64_t b = 0; b < config->batch; b++) {
         const int64_t capacity = config->window + config->rollback;
         lengths[b] = kind & 1 ? fuzz_hostile(in) : t->rows[b].length;
-        lows[b] = kind & 1 ? max_i64(config->pinned, max_i64(lengths[b], 0) - capacity + fuzz_range(in, 0, 2)) : t->rows[b].low;
+        const int64_t lowest = clamp_i64(lengths[b], 0, INT64_MAX / 4) - capacity;
+        lows[b] = kind & 1 ? max_i64(config->pinned, lowest + fuzz_range(in, 0, 2)) : t->rows[b].low;
         lows[b] = kind & 2 ? fuzz_hostile(in) : lows[b];
         fit = fit && lengths[b] >= 0 && lengths[b] <= INT64_MAX / 4 && lows[b] >= max_i64(config->pinned, lengths[b] - capacity) &&
               lows[b] <= max_i64(lengths[b], config->pinned);

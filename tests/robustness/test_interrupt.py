@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
+import native
 import pytest
 
+pytestmark = pytest.mark.skipif(native.INSTRUMENTED, reason="measures time")
 PROGRAM = """
 import os, signal, statistics, sys, threading, time
 import numpy as np

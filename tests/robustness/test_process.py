@@ -8,6 +8,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import errors
+import native
 import numpy as np
 import pytest
 from oracle import normal
@@ -29,8 +31,9 @@ def test_concurrent_callers_get_what_a_lone_one_gets():
 
 
 def test_a_cache_in_use_is_refused_to_a_second_thread():
+    tokens = 5000 if native.INSTRUMENTED else 30000
     cache = SinkCache(1, 1, 128, window=60000)
-    x = np.ones((1, 1, 30000, 128), np.float32)
+    x = np.ones((1, 1, tokens, 128), np.float32)
     refused, done = [], threading.Event()
 
     def knock():
@@ -48,7 +51,8 @@ def test_a_cache_in_use_is_refused_to_a_second_thread():
     cache.attend(x, x, x)
     done.set()
     thread.join()
-    assert refused and "in use" in refused[0]
+    assert refused and refused[0].startswith("SinkCache is in use by another call")
+    errors.record(refused[0])
 
 
 def test_a_forked_child_computes():
@@ -120,7 +124,7 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux") or native.INSTRUMENTED, reason="reads /proc")
 def test_a_long_stream_stays_small_and_right():
     """SINKATTN_SOAK=1: a million tokens. Memory flat after 10 000; the last window is right."""
     tokens = 1_000_000 if os.environ.get("SINKATTN_SOAK") == "1" else 30_000

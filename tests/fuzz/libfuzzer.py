@@ -1,8 +1,8 @@
 """Fuzzing by hand. Needs clang with libFuzzer.
 
-python tests/fuzz/run.py build                 harnesses into build/fuzz
-python tests/fuzz/run.py fuzz attend 60        one harness for so many seconds
-python tests/fuzz/run.py keep                  what covers something new joins tests/fuzz/corpus
+python tests/fuzz/libfuzzer.py build                 harnesses into build/fuzz
+python tests/fuzz/libfuzzer.py fuzz attend 60        one harness for so many seconds
+python tests/fuzz/libfuzzer.py keep                  what covers something new joins tests/fuzz/corpus
 """
 
 import re
