@@ -28,16 +28,16 @@ def kernel_flags():
     return names["ISA_FLAGS"]
 
 
-def accepts(compiler, flags):
+def accepts(compiler, flags, macro):
     done = subprocess.run([compiler, *flags, "-x", "c", "-c", "-", "-o", os.devnull], text=True,
-                          input="int probe(void) { return 0; }\n", capture_output=True)
+                          input=f"#ifndef {macro}\n#error\n#endif\n", capture_output=True)
     return done.returncode == 0
 
 
 def compile_core(folder, compiler="gcc", flags=SANITIZE, watched=()):
     """Objects of csrc/core and csrc/cpu; `watched` are flags for all but the slow reference."""
-    kernels = {name: isa for name, isa in kernel_flags().items()
-               if (ROOT / "csrc/cpu" / name).exists() and accepts(compiler, isa)}
+    kernels = {name: isa for name, (isa, macro) in kernel_flags().items()
+               if (ROOT / "csrc/cpu" / name).exists() and accepts(compiler, isa, macro)}
     have = [f"-DSA_HAVE_{name[len('attend_'):-2].upper()}" for name in kernels]
     sources = [p for part in ("core", "cpu") for p in sorted((ROOT / "csrc" / part).glob("*.c"))
                if not (p.name.startswith("attend_") and p.name not in kernels)]
