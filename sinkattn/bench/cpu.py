@@ -91,7 +91,8 @@ def finish(lines):
         if line["suite"] == "linear":
             least = shortest.setdefault("line", line)
             per_query = line["median_s"] / line["bytes"], least["median_s"] / least["bytes"]
-            line["note"] = f"{per_query[0] / per_query[1]:.2f}x the time a query of {least['work']}"
+            line["note"] = (f"{per_query[0] / per_query[1]:.2f}x the time a query of "
+                            f"{least['work'].removeprefix('linear, ')}")
 
 
 def limit_threads(threads, torch):

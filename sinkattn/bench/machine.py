@@ -15,7 +15,6 @@ from sinkattn._version import __version__
 MIB = 1 << 20
 ASSUMED_CACHE = 32 * MIB
 PEAK_UNITS = {"fma": "FLOP/s", "bf16_dot": "FLOP/s", "read": "byte/s"}
-PEAK_NAMES = {"fma": "fp32 multiply-add", "bf16_dot": "bf16 dot product", "read": "streaming read"}
 
 
 def processor_name():

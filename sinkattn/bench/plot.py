@@ -3,10 +3,10 @@
 import math
 
 from . import counts
+from .report import PEAK_NAMES, quantity
 
 COLOURS = {"sinkattn": "#0072B2", "torch": "#D55E00"}  # Okabe and Ito
 APART = 1.13
-ROOFS = {"fma": ("fp32 multiply-add", "-"), "bf16_dot": ("bf16 dot product", "--")}
 
 
 def points_of(lines):
@@ -57,25 +57,28 @@ def going_down(heights, least):
 
 def draw_roofs(axes, peaks, low, high):
     """Returns where the memory roof meets the lowest of the others: 0 where there is none."""
-    if "read" not in peaks:
+    memory = [(kind, peak["rate"]) for kind, peak in peaks.items() if peak["unit"] == "byte/s"]
+    flat = sorted((peak["rate"], kind) for kind, peak in peaks.items() if peak["unit"] == "FLOP/s")
+    if not memory or not flat:
         return 0.0
-    read = peaks["read"]["rate"]
-    kinds = [kind for kind in ROOFS if kind in peaks]
-    top = max(kinds, key=lambda kind: peaks[kind]["rate"], default=None)
-    for kind in kinds:
-        flops, (name, style) = peaks[kind]["rate"], ROOFS[kind]
-        knee = flops / read
-        axes.plot([knee, high], [flops / 1e9] * 2, style, color="0.25", linewidth=1.4)
-        axes.annotate(f"{name}, {flops / 1e9:.0f} GFLOP/s", (high, flops / 1e9), (-4, 4),
-                      textcoords="offset points", ha="right", va="bottom", color="0.25")
-        if kind == top:
-            axes.plot([low, knee], [counts.roof(x, flops, read) / 1e9 for x in (low, knee)],
-                      color="0.25", linewidth=1.4)
-    label_read(axes, read, low)
-    return min((peaks[kind]["rate"] / read for kind in kinds), default=0.0)
+    kind, read = memory[0]
+    knees = [rate / read for rate, _ in flat]
+    for i, ((rate, name), knee) in enumerate(zip(flat, knees)):
+        axes.plot([knee, high], [rate / 1e9] * 2, "--" if i else "-", color="0.25", linewidth=1.4)
+        axes.annotate(f"{PEAK_NAMES.get(name, name)}, {quantity(rate, 'FLOP/s')}",
+                      (knee, rate / 1e9), (24, 4), textcoords="offset points", va="bottom",
+                      color="0.25")
+    top = flat[-1][0]
+    axes.plot([low, knees[-1]], [counts.roof(x, top, read) / 1e9 for x in (low, knees[-1])],
+              color="0.25", linewidth=1.4)
+    axes.annotate(f"{PEAK_NAMES.get(kind, kind)}, {quantity(read, 'byte/s')}",
+                  (low * 1.25, low * 1.25 * read / 1e9), (0, 5), textcoords="offset points",
+                  rotation=45, rotation_mode="anchor", transform_rotates_text=True, color="0.25",
+                  va="bottom")
+    return knees[0]
 
 
-def label_points(axes, points, places, knee):
+def label_points(axes, points, places, knee, halo):
     """Names beside our points: at the left where the next column would be covered, but never into
     the memory roof, which rises from left to right."""
     columns = columns_of(points)
@@ -86,8 +89,8 @@ def label_points(axes, points, places, knee):
         heights = going_down([math.log10(p[2] / 1e9) for p in column], 0.075)
         for (name, _, rate), height in zip(column, heights):
             axes.annotate(name, (places[name], rate / 1e9), (edge, 10 ** height), va="center",
-                          ha="right" if left else "left", fontsize=8.5, zorder=4,
-                          color=COLOURS["sinkattn"],
+                          ha="right" if left else "left", fontsize=8.5, zorder=3,
+                          color=COLOURS["sinkattn"], path_effects=halo,
                           arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.7,
                                       "relpos": (1.0 if left else 0.0, 0.5)})
 
@@ -96,7 +99,7 @@ def plot(results, path):
     """Writes the roofline of a run as a picture."""
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import patheffects, pyplot
 
     points = {who: thinned(found) for who, found in points_of(results["lines"]).items()}
     every = [p for found in points.values() for p in found]
@@ -120,31 +123,25 @@ def plot(results, path):
     for who, found in points.items():
         if found:
             axes.plot([places.get(p[0], p[1]) for p in found], [p[2] / 1e9 for p in found],
-                      linestyle="none", color=COLOURS[who], label=names[who], zorder=3,
+                      linestyle="none", color=COLOURS[who], label=names[who], zorder=4,
                       **styles[who])
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     least = min(p[2] for p in every) / 1e9
-    top = max([p[2] for p in every] + [x["rate"] for kind, x in results["peaks"].items()
-                                       if kind in ROOFS]) / 1e9
+    top = max([p[2] for p in every] + [x["rate"] for x in results["peaks"].values()
+                                       if x["unit"] == "FLOP/s"]) / 1e9
     axes.set_ylim(least / 2.5, top * 2)
     knee = draw_roofs(axes, results["peaks"], low, high)
-    label_points(axes, points["sinkattn"], places, knee)
+    halo = [patheffects.withStroke(linewidth=2.5, foreground="white")]
+    label_points(axes, points["sinkattn"], places, knee, halo)
     axes.set_xlabel("arithmetic intensity: useful FLOP / byte that must move "
                     "(points of one intensity stand side by side)")
     axes.set_ylabel("useful GFLOP/s")
     machine = results["machine"]
-    axes.set_title(f"{machine['processor']}, {machine['threads']} threads: what was reached, under "
-                   "the roofs measured in the same run", fontsize=11)
+    threads = f", {machine['threads']} threads" if results["device"] == "cpu" else ""
+    axes.set_title(f"{machine['processor']}{threads}: what was reached, under the roofs measured "
+                   "in the same run", fontsize=11)
     axes.legend(loc="lower right", frameon=False)
     axes.grid(which="major", color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def label_read(axes, read, low):
-    """Along the slope of the memory roof."""
-    place = (low * 1.25, low * 1.25 * read / 1e9)
-    axes.annotate(f"memory read, {read / 1e9:.0f} GB/s", place, (0, 5), textcoords="offset points",
-                  rotation=math.degrees(math.atan2(1, 1)), rotation_mode="anchor",
-                  transform_rotates_text=True, color="0.25", va="bottom")

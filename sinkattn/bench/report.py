@@ -1,7 +1,7 @@
 """The table."""
 
-from .machine import PEAK_NAMES
-
+PEAK_NAMES = {"fma": "fp32 multiply-add", "bf16_dot": "bf16 dot product", "read": "memory read",
+              "matmul": "bf16 matrix product", "copy": "memory copy"}
 WIDTHS = (44, 20, 11, 11, 14, 8, 9, 9)
 HEAD = ("", "kernel", "median", "min", "rate", "of peak", "x ours", "error")
 QUIET = 0.05  # of the processors, taken by others: more is worth a word
@@ -21,7 +21,9 @@ def duration(seconds):
 def quantity(rate, unit):
     if rate is None:
         return ""
-    return f"{rate / 1e9:.4g} G{'B' if unit == 'byte/s' else 'FLOP'}/s"
+    if unit == "byte/s":
+        return f"{rate / 1e9:.4g} GB/s"
+    return f"{rate / 1e9:.4g} GFLOP/s" if rate < 1e13 else f"{rate / 1e12:.4g} TFLOP/s"
 
 
 def row(cells):
@@ -68,10 +70,11 @@ def opening(results):
     machine, versions = results["machine"], results["versions"]
     torch = f"torch {versions['torch']}" if versions["torch"] else "no torch"
     cache = machine["last_cache_bytes"]
+    threads = f", {machine['threads']} of {machine['processors']} processors"
     lines = [
         f"sinkattn {versions['sinkattn']}, NumPy {versions['numpy']}, {torch}, "
         f"Python {versions['python']}, compiled by {versions['compiler']}",
-        f"{machine['processor']}, {machine['threads']} of {machine['processors']} processors, "
+        f"{machine['processor']}{threads if results['device'] == 'cpu' else ''}, "
         + (f"last cache {cache / 2**20:.0f} MiB" if cache else "last cache of unknown size"),
     ]
     busy = machine["busy_elsewhere"]

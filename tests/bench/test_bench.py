@@ -48,6 +48,8 @@ def test_durations_read_well(seconds, text):
 def test_quantities_have_their_unit():
     assert quantity(4.1e10, "byte/s") == "41 GB/s"
     assert quantity(5.3e11, "FLOP/s") == "530 GFLOP/s"
+    assert quantity(7.05e14, "FLOP/s") == "705 TFLOP/s"
+    assert quantity(None, "call") == ""
 
 
 def test_the_statement_finds_a_wrong_row():
