@@ -286,9 +286,9 @@ typedef struct direct_rows {
     int64_t low, high;
 } direct_rows;
 
-/* Memory never waits for arithmetic: a page ahead of every row that is read is asked for, past the second level, and of every page one line
- * while it is PAGES_AHEAD away, since the first touch of a page also waits for its address. */
-enum { PAGE_BYTES = 4096, PAGES_AHEAD = 4 };
+/* Memory never waits for arithmetic: with every row that is read the one AHEAD_BYTES away is asked for, past the second level, and of every
+ * page one line while it is PAGES_AHEAD away, since the first touch of a page also waits for its address. */
+enum { AHEAD_BYTES = 6144, PAGE_BYTES = 4096, PAGES_AHEAD = 6 };
 
 VEC_INLINE int64_t bytes_of(sa_dtype dtype, int64_t count)
 {
@@ -302,14 +302,13 @@ VEC_INLINE const char *row_ahead(const direct_rows *rows, int64_t row)
 
 VEC_INLINE void prefetch_ahead(const direct_rows *rows, int64_t row, int64_t bytes)
 {
-    const int64_t page = PAGE_BYTES / bytes;
-    const char *soon = row_ahead(rows, row + page);
+    const char *soon = row_ahead(rows, row + AHEAD_BYTES / bytes);
 #pragma GCC unroll 8
     for (int64_t byte = 0; byte < bytes; byte += 64) {
         __builtin_prefetch(soon + byte, 0, 0);
     }
     if ((row * bytes & (PAGE_BYTES - 1)) < bytes) {
-        __builtin_prefetch(row_ahead(rows, row + PAGES_AHEAD * page), 0, 0);
+        __builtin_prefetch(row_ahead(rows, row + PAGES_AHEAD * PAGE_BYTES / bytes), 0, 0);
     }
 }
 
@@ -326,21 +325,18 @@ VEC_INLINE void dot_tile(sa_dtype dtype, bool pairs, int rows, const float *quer
         }
     }
     const int64_t words = words_of(pairs, depth);
-    for (int64_t word = 0; word < words; word += LANES) {
-        vec_f32 key[4];
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) {
-            key[k] = pairs ? vec_load((const float *)keys[k] + word) : load_lanes(dtype, keys[k], word);
-        }
+    for (int k = 0; k < 4; k++) { /* one key after the other, as they lie in memory */
+#pragma GCC unroll 8
+        for (int64_t word = 0; word < words; word += LANES) {
+            const vec_f32 key = pairs ? vec_load((const float *)keys[k] + word) : load_lanes(dtype, keys[k], word);
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            const vec_f32 q = vec_load(query + r * query_stride + word);
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; k++) {
+            for (int r = 0; r < rows; r++) {
+                const vec_f32 q = vec_load(query + r * query_stride + word);
 #ifdef VEC_BF16_DOT
-                sum[r][k] = pairs ? vec_dot_bf16(q, key[k], sum[r][k]) : vec_fma(q, key[k], sum[r][k]);
+                sum[r][k] = pairs ? vec_dot_bf16(q, key, sum[r][k]) : vec_fma(q, key, sum[r][k]);
 #else
-                sum[r][k] = vec_fma(q, key[k], sum[r][k]);
+                sum[r][k] = vec_fma(q, key, sum[r][k]);
 #endif
             }
         }

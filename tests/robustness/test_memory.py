@@ -41,7 +41,7 @@ def test_every_request_of_every_call_may_be_refused(report):
 
 def test_every_site_was_refused(report):
     """Each thing that csrc names as too large for memory was named in a MemoryError."""
-    sites = {what for path in (native.ROOT / "csrc").rglob("*.[ch]")
+    sites = {what for part in ("core", "cpu", "python") for path in (native.ROOT / "csrc" / part).rglob("*.[ch]")
              for what in re.findall(r'sa_no_memory\("([^"]*)"', path.read_text())}
     named = {match[1] for m in report["messages"]
              if (match := re.fullmatch(r"out of memory: \d+ bytes for (.*)", m))}
