@@ -4,7 +4,8 @@
 
 #include <stdint.h>
 
-namespace sa {
+namespace sa
+{
 
 /* Conversions between fp32 and the element types; `multiply` is D += A B with A [16, 16] by rows, B [16, 8] by columns, D fp32. */
 struct f32 {
@@ -77,8 +78,8 @@ __device__ __forceinline__ float exp2_fast(float x)
     return y;
 }
 
-/* A word of line `line` of the parameters. They are cold when a kernel begins, and waiting for one line after the other would take longer than
- * all else: other warps than the one in a hurry ask for them. */
+/* A word of line `line` of the parameters. They are cold when a kernel begins, and waiting for one line after the other would take longer
+ * than all else: other warps than the one in a hurry ask for them. */
 __device__ __forceinline__ uint32_t touch_parameters(const void *parameters, int line)
 {
     uint32_t word;
