@@ -336,9 +336,7 @@ __device__ __forceinline__ bool is_featured(const sa_cuda_problem &p, const run 
  * that it follows. One thread; the two halves are apart so that nobody waits for the answer. */
 __device__ __forceinline__ uint32_t report_read(const sa_cuda_problem &p, int64_t counter, uint32_t readers)
 {
-    uint32_t before;
-    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p.counters + counter), "r"(readers - 1) : "memory");
-    return before;
+    return count_up(p.counters + counter, readers);
 }
 
 __device__ __forceinline__ void advance(const sa_cuda_problem &p, const place &at, uint32_t before, uint32_t readers)

@@ -139,6 +139,14 @@ template <int pending> __device__ __forceinline__ void copy_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+/* Counts to `count` and then from 0 again, in no order with other accesses. Returns what was there before. */
+__device__ __forceinline__ uint32_t count_up(uint32_t *counter, uint32_t count)
+{
+    uint32_t before;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(count - 1) : "memory");
+    return before;
+}
+
 /* Counts an arrival, with all that the CTA wrote before its last barrier, at a counter that returns to 0. True for the last of `count`. */
 __device__ __forceinline__ bool arrive(uint32_t *counter, uint32_t count)
 {
