@@ -1,12 +1,13 @@
 /* fp32 attention that stays fp32: FFMA throughout, for few rows (keys split over CTAs) and many.
  *
- * One CTA per (16 rows, split of the keys), 32 keys at a time; a warp owns 4 rows, a lane one key of the scores and every 32nd column of the
- * values. Sums run over 32 keys before they join the running ones, which keeps their rounding error far below that of one long chain.
+ * One CTA per (16 rows, split of the keys), 32 keys at a time; a warp owns 4 rows, a lane one key of the scores and every 32nd column of
+ * the values. Sums run over 32 keys before they join the running ones, which keeps their rounding error far below that of one long chain.
  *   bytes = 4 * keys * (depth + depth_v) * heads_kv * batch for few rows,  flops = 4 * pairs * depth * heads_q
  * Right before fast: tiles are loaded without overlap. */
 #include "finish.cuh"
 
-namespace sa {
+namespace sa
+{
 
 constexpr int f32_rows = SA_F32_ROWS, f32_keys = SA_F32_KEYS, own_rows = SA_F32_ROWS / SA_F32_WARPS;
 static_assert(f32_keys == 32, "a lane for each key");
@@ -71,7 +72,8 @@ __device__ __forceinline__ void f32_scores(const sa_cuda_problem &p, const tile<
 
 /* Joins 32 keys to the warp's rows. Weights pass through shared memory, where only this warp touches its rows. */
 template <int depth>
-__device__ __forceinline__ void f32_join(const float (&scores)[own_rows], const float *values, int stride, float *weights, f32_state<depth> &state)
+__device__ __forceinline__ void f32_join(const float (&scores)[own_rows], const float *values, int stride, float *weights,
+                                         f32_state<depth> &state)
 {
     constexpr int columns = depth / 32, weight_stride = f32_keys + 4;
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * own_rows;
@@ -184,10 +186,10 @@ template <int depth> __device__ __forceinline__ void attend_f32(const sa_cuda_pr
 
 } // namespace sa
 
-#define SA_ATTEND_F32(depth)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(32 * SA_F32_WARPS) attend_f32_##depth(const __grid_constant__ sa_cuda_problem p) \
-    {                                                                                                                               \
-        sa::attend_f32<depth>(p);                                                                                                   \
+#define SA_ATTEND_F32(depth)                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(32 * SA_F32_WARPS) attend_f32_##depth(const __grid_constant__ sa_cuda_problem p)          \
+    {                                                                                                                                      \
+        sa::attend_f32<depth>(p);                                                                                                          \
     }
 
 SA_ATTEND_F32(64)

@@ -1,8 +1,9 @@
-/* The parts of a cache call that the attention kernel does not do itself: chunks of more than one token are rotated before and written after.
- * csrc/cpu/cache.c has the words. bytes: the chunk, read and written once. */
+/* The parts of a cache call that the attention kernel does not do itself: chunks of more than one token are rotated before and written
+ * after. csrc/cpu/cache.c has the words. bytes: the chunk, read and written once. */
 #include "problem.cuh"
 
-namespace sa {
+namespace sa
+{
 
 __device__ __forceinline__ float load_as(int dtype, const void *data, int64_t at)
 {
@@ -32,8 +33,8 @@ __device__ __forceinline__ void copy_element(int size, const void *source, int64
 }
 
 /* Every head of one token of a tensor, turned by a table of cos and sin, into its part of the scratch. */
-__device__ void rotate_heads(const sa_cuda_problem &p, const sa_cuda_tensor &source, const sa_cuda_tensor &target, int64_t heads, int64_t batch,
-                             int64_t token, const float (&table)[2][128])
+__device__ void rotate_heads(const sa_cuda_problem &p, const sa_cuda_tensor &source, const sa_cuda_tensor &target, int64_t heads,
+                             int64_t batch, int64_t token, const float (&table)[2][128])
 {
     const int size = element_size(p), pairs = (int)p.cache.pairs, width = (int)p.depth - pairs; /* a thread turns a pair or copies one */
     for (int64_t i = threadIdx.x; i < heads * width; i += blockDim.x) {
@@ -56,7 +57,7 @@ __device__ void rotate_heads(const sa_cuda_problem &p, const sa_cuda_tensor &sou
 __device__ __forceinline__ void rotate(const sa_cuda_problem &p)
 {
     extern __shared__ __align__(16) char memory[];
-    float(&table)[2][2][128] = *(float(*)[2][2][128])memory;
+    float (&table)[2][2][128] = *(float (*)[2][2][128])memory;
     const int64_t batch = blockIdx.x / p.query_length, token = blockIdx.x % p.query_length;
     const place at = batch_row(p, batch);
     if (token >= at.query_count) {
@@ -100,7 +101,8 @@ __device__ __forceinline__ void commit(const sa_cuda_problem &p)
     const int64_t head = blockIdx.x / parts % p.heads_kv, batch = blockIdx.x / parts / p.heads_kv;
     const place at = batch_row(p, batch);
     const int64_t length = at.length + at.query_count, pinned = clamp(p.pinned - at.length, 0, at.query_count);
-    const int64_t first = most(most(at.length, p.pinned), length - p.cache.capacity) - at.length; /* token of the chunk that the ring keeps */
+    const int64_t first =
+        most(most(at.length, p.pinned), length - p.cache.capacity) - at.length; /* token of the chunk that the ring keeps */
     const int64_t written = pinned + most(at.query_count - first, 0);
     for (int64_t i = written * part / parts + threadIdx.x / 32; i < written * (part + 1) / parts; i += blockDim.x / 32) {
         write_slot(p, at, head, i < pinned ? i : first + i - pinned);

@@ -9,12 +9,23 @@
 enum { DECODE, PREFILL = DECODE + 6, ATTEND_F32 = PREFILL + 6, ROTATE = ATTEND_F32 + 3, COMMIT, MASS };
 
 const sa_cuda_kernel sa_cuda_kernels[] = {
-    {"decode_f16_64", "decode"},         {"decode_f16_128", "decode"},         {"decode_f16_256", "decode"},
-    {"decode_bf16_64", "decode"},        {"decode_bf16_128", "decode"},        {"decode_bf16_256", "decode"},
-    {"prefill_f16_64", "prefill_sm80"},  {"prefill_f16_128", "prefill_sm80"},  {"prefill_f16_256", "prefill_sm80"},
-    {"prefill_bf16_64", "prefill_sm80"}, {"prefill_bf16_128", "prefill_sm80"}, {"prefill_bf16_256", "prefill_sm80"},
-    {"attend_f32_64", "attend_f32"},     {"attend_f32_128", "attend_f32"},     {"attend_f32_256", "attend_f32"},
-    {"cache_rotate", "cache"},           {"cache_commit", "cache"},
+    {"decode_f16_64", "decode"},
+    {"decode_f16_128", "decode"},
+    {"decode_f16_256", "decode"},
+    {"decode_bf16_64", "decode"},
+    {"decode_bf16_128", "decode"},
+    {"decode_bf16_256", "decode"},
+    {"prefill_f16_64", "prefill_sm80"},
+    {"prefill_f16_128", "prefill_sm80"},
+    {"prefill_f16_256", "prefill_sm80"},
+    {"prefill_bf16_64", "prefill_sm80"},
+    {"prefill_bf16_128", "prefill_sm80"},
+    {"prefill_bf16_256", "prefill_sm80"},
+    {"attend_f32_64", "attend_f32"},
+    {"attend_f32_128", "attend_f32"},
+    {"attend_f32_256", "attend_f32"},
+    {"cache_rotate", "cache"},
+    {"cache_commit", "cache"},
     {"mass", "mass"},
 };
 const int sa_cuda_kernel_count = sizeof sa_cuda_kernels / sizeof sa_cuda_kernels[0];
@@ -66,22 +77,25 @@ typedef struct layout {
     int64_t most;    /* splits */
 } layout;
 
-/* May the splits of a tile be a cluster? Powers of two, and all clusters at once: a group of multiprocessors that a cluster does not fill stays
- * idle, so that of 132 about 120 serve. */
+/* May the splits of a tile be a cluster? Powers of two, and all clusters at once: a group of multiprocessors that a cluster does not fill
+ * stays idle, so that of 132 about 120 serve. */
 static bool is_cluster(const layout *l, int64_t units, int64_t splits)
 {
     const bool power = splits > 1 && splits <= l->cluster && (splits & (splits - 1)) == 0;
     return power && (units * splits <= l->slots * 9 / 10 || (splits == 2 && units * splits <= l->slots));
 }
 
-/* Nanoseconds that a layout needs, from what was measured on an H200: a multiprocessor draws 66 bytes/ns and all of them together 4600; a CTA's
- * beginning and end take 3 us, meeting in a cluster 1 us, in scratch 4 us and with small CTAs 9. Only the order of the results matters. */
+/* Nanoseconds that a layout needs, from what was measured on an H200: a multiprocessor draws 66 bytes/ns and all of them together 4600; a
+ * CTA's beginning and end take 3 us, meeting in a cluster 1 us, in scratch 4 us and with small CTAs 9. Only the order of the results
+ * matters. */
 static double cost_of(const layout *l, int64_t units, int64_t keys, int64_t key_bytes, int64_t splits)
 {
     const int64_t ctas = units * splits, running = min_i64(ctas, l->slots);
     const double waves = (double)ceil_div(ctas, l->slots), bytes = (double)ceil_div(keys, splits) * (double)key_bytes;
     const double alone = bytes / 66.0 * (double)ceil_div(running * l->an_sm, l->slots), together = bytes * (double)(running + 2) / 4600.0;
-    const double meeting = splits == 1 ? 0.0 : is_cluster(l, units, splits) ? 1000.0 : (l->an_sm == 1 ? 4000.0 : 9000.0) + 10.0 * (double)splits;
+    const double meeting = splits == 1                    ? 0.0
+                           : is_cluster(l, units, splits) ? 1000.0
+                                                          : (l->an_sm == 1 ? 4000.0 : 9000.0) + 10.0 * (double)splits;
     return waves * ((alone > together ? alone : together) + 3000.0) + meeting;
 }
 
@@ -236,7 +250,9 @@ static void summarise(sa_cuda_problem *p)
     p->common_window = cached ? min_i64(p->cache.window, SA_CUDA_NO_WINDOW) : SA_CUDA_NO_WINDOW;
     if (!cached && p->window.given) {
         const double width = p->window.value;
-        p->common_window = p->window.data != NULL ? 0 : width >= 1.0 && width < (double)SA_CUDA_NO_WINDOW ? (int64_t)width : SA_CUDA_NO_WINDOW;
+        p->common_window = p->window.data != NULL                              ? 0
+                           : width >= 1.0 && width < (double)SA_CUDA_NO_WINDOW ? (int64_t)width
+                                                                               : SA_CUDA_NO_WINDOW;
     }
     p->held_key = cached ? (sa_cuda_tensor){p->cache.keys, p->heads_kv * slots * p->depth, slots * p->depth, p->depth} : p->key;
     p->held_value = cached ? (sa_cuda_tensor){p->cache.values, p->heads_kv * slots * p->depth_v, slots * p->depth_v, p->depth_v} : p->value;

@@ -22,11 +22,11 @@ extern "C" {
 #endif
 
 typedef struct sa_cuda_device {
-    int32_t capability;      /* 90 for sm_90 */
+    int32_t capability; /* 90 for sm_90 */
     int32_t multiprocessors;
-    int32_t shared_limit;    /* opt-in bytes of shared memory a block */
-    int32_t cluster_limit;   /* largest cluster of decode kernels with all of an SM's shared memory that the device runs: 0, 8 or 16. 0 as well
-                              * where the decode kernels that were loaded were not compiled for sm_90 (CU_FUNC_ATTRIBUTE_PTX_VERSION) */
+    int32_t shared_limit;  /* opt-in bytes of shared memory a block */
+    int32_t cluster_limit; /* largest cluster of decode kernels with all of an SM's shared memory that the device runs: 0, 8 or 16. 0 as
+                            * well where the decode kernels that were loaded were not compiled for sm_90 (CU_FUNC_ATTRIBUTE_PTX_VERSION) */
 } sa_cuda_device;
 
 typedef struct sa_cuda_launch {

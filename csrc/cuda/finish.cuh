@@ -2,9 +2,10 @@
 #ifndef SA_CUDA_FINISH_CUH
 #define SA_CUDA_FINISH_CUH
 
-#include "problem.cuh"
+#include "tile.cuh"
 
-namespace sa {
+namespace sa
+{
 
 /* A finished or partial tile in shared memory. */
 struct partial {
@@ -58,14 +59,15 @@ template <typename T, int row_limit> __device__ void finish_alone(const sa_cuda_
     }
 }
 
-/* The splits are the CTAs of a cluster: each finishes a share of the outputs from everybody's shared memory. Eight lanes share two outputs, a
- * split each, so that every thread asks for one state and one pair of values. Needs no barrier before it. */
+/* The splits are the CTAs of a cluster: each finishes a share of the outputs from everybody's shared memory. Eight lanes share two outputs,
+ * a split each, so that every thread asks for one state and one pair of values. Needs no barrier before it. */
 template <typename T, int row_limit>
 __device__ __forceinline__ void finish_cluster(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part, int rank)
 {
     static_assert(SA_DECODE_CLUSTER == 8, "eight lanes");
     cluster_arrive();
-    const int splits = p.splits, width = (int)p.depth_v, pairs = (width + 1) / 2, outputs = t.real * pairs, each = (outputs + splits - 1) / splits;
+    const int splits = p.splits, width = (int)p.depth_v, pairs = (width + 1) / 2, outputs = t.real * pairs,
+              each = (outputs + splits - 1) / splits;
     const int end = (rank + 1) * each < outputs ? (rank + 1) * each : outputs, split = threadIdx.x % 8;
     cluster_wait();
 #pragma unroll 1
@@ -136,7 +138,8 @@ __device__ __forceinline__ void add_splits(const sa_cuda_problem &p, const tile<
     }
 }
 
-/* Partial results meet in scratch; the CTA that arrives last finishes the tile. `memory`: shared, [splits, row_limit] floats and 8 bytes a row. */
+/* Partial results meet in scratch; the CTA that arrives last finishes the tile. `memory`: shared, [splits, row_limit] floats and 8 bytes a
+ * row. */
 template <typename T, int row_limit>
 __device__ void finish_scratch(const sa_cuda_problem &p, tile<row_limit> &t, const partial &part, int64_t unit, int split, char *memory)
 {

@@ -3,11 +3,12 @@
  *   mass_j = sum or max over i of  mean over h of  2^(s_hij - lse_hi)
  *
  * A second, key-stationary pass that computes the scores again and weighs them with the known lse: one writer for each key, no atomics.
- * One CTA per 64 keys of one run of one kv head; a thread owns a key and every fourth query of a tile of 16 rows (whole queries where the group
- * fits). flops = 2 * depth * visible pairs * heads_q on plain FMA units: right before fast. */
+ * One CTA per 64 keys of one run of one kv head; a thread owns a key and every fourth query of a tile of 16 rows (whole queries where the
+ * group fits). flops = 2 * depth * visible pairs * heads_q on plain FMA units: right before fast. */
 #include "finish.cuh"
 
-namespace sa {
+namespace sa
+{
 
 constexpr int mass_keys = SA_MASS_KEYS, mass_rows = SA_MASS_ROWS, mass_parts = 32 * SA_MASS_WARPS / SA_MASS_KEYS;
 
@@ -122,7 +123,8 @@ __device__ void load_wide_rows(const sa_cuda_problem &p, const char *source, int
 }
 
 /* The weight that one query of one head gives to the thread's key, 0 where it does not see it. */
-__device__ float mass_weight(const sa_cuda_problem &p, const mass_shared &s, int64_t query, int64_t head, int64_t key, const float *q, const float *k)
+__device__ float mass_weight(const sa_cuda_problem &p, const mass_shared &s, int64_t query, int64_t head, int64_t key, const float *q,
+                             const float *k)
 {
     const run &r = s.list.runs[s.run];
     const int64_t position = s.at.position + query, window = window_of(p, head);
@@ -178,8 +180,8 @@ __device__ __forceinline__ void mass(const sa_cuda_problem &p)
             __syncthreads();
             for (int i = threadIdx.x; i < here * taken * (int)p.depth; i += blockDim.x) {
                 const int row = i / (int)p.depth, d = i % (int)p.depth;
-                const char *from = element(source, s.at.batch, s.kv_head * group + head + row % taken, s.at.query_begin + query + row / taken,
-                                           element_size(p));
+                const char *from = element(source, s.at.batch, s.kv_head * group + head + row % taken,
+                                           s.at.query_begin + query + row / taken, element_size(p));
                 queries[row * stride + d] = load_wide(p, from, d);
             }
             __syncthreads();

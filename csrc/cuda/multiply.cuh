@@ -6,7 +6,8 @@
 
 #include "finish.cuh"
 
-namespace sa {
+namespace sa
+{
 
 /* Where piece (16 bytes) of a row lies: rows are swizzled so that ldmatrix meets no bank twice. */
 template <int depth> __device__ __forceinline__ uint32_t piece_at(int row, int piece)
@@ -51,7 +52,7 @@ __device__ __forceinline__ void multiply_values(uint32_t values, const score_til
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int step = 0; step < slice / 16; step++) {
-        const float(&low)[4] = weights.at[2 * step], (&high)[4] = weights.at[2 * step + 1];
+        const float (&low)[4] = weights.at[2 * step], (&high)[4] = weights.at[2 * step + 1];
         const uint32_t a[4] = {T::pack(low[0], low[1]), T::pack(low[2], low[3]), T::pack(high[0], high[1]), T::pack(high[2], high[3])};
 #pragma unroll
         for (int pair = 0; pair < depth / 16; pair++) {

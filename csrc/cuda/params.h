@@ -1,7 +1,7 @@
 /* What the host hands to a kernel: one POD, passed by value (__grid_constant__). Plain C, read by both sides.
  *
- * Every pointer is a device address. What lies behind `sa_cuda_numbers` (lengths, windows, logits ..) is read by the kernels alone, with its
- * own dtype, and clamped to ranges that cannot leave the arrays; the host never reads it. The last axis of every tensor has stride 1.
+ * Every pointer is a device address. What lies behind `sa_cuda_numbers` (lengths, windows, logits ..) is read by the kernels alone, with
+ * its own dtype, and clamped to ranges that cannot leave the arrays; the host never reads it. The last axis of every tensor has stride 1.
  *
  * The host fills the problem, calls sa_cuda_choose (choose.h), which fills the last block and says what to launch, provides scratch and
  * counters, and passes the same problem to every launch of the plan, in order, on one stream. */
@@ -15,9 +15,18 @@ enum { SA_CUDA_F32, SA_CUDA_F16, SA_CUDA_BF16 }; /* = sa_dtype */
 
 /* Element types of auxiliary arrays. */
 enum {
-    SA_NUMBER_F32, SA_NUMBER_F16, SA_NUMBER_BF16, SA_NUMBER_F64,
-    SA_NUMBER_I8, SA_NUMBER_I16, SA_NUMBER_I32, SA_NUMBER_I64,
-    SA_NUMBER_U8, SA_NUMBER_U16, SA_NUMBER_U32, SA_NUMBER_U64, /* bool is U8 */
+    SA_NUMBER_F32,
+    SA_NUMBER_F16,
+    SA_NUMBER_BF16,
+    SA_NUMBER_F64,
+    SA_NUMBER_I8,
+    SA_NUMBER_I16,
+    SA_NUMBER_I32,
+    SA_NUMBER_I64,
+    SA_NUMBER_U8,
+    SA_NUMBER_U16,
+    SA_NUMBER_U32,
+    SA_NUMBER_U64, /* bool is U8 */
 };
 
 /* A tensor; strides count elements, any sign, 0 allowed. Axes that it does not have have stride 0. data NULL: not given. */
@@ -28,7 +37,7 @@ typedef struct sa_cuda_tensor {
 
 /* A small array, or one number for all. */
 typedef struct sa_cuda_numbers {
-    const void *data;  /* nullable: `value` everywhere */
+    const void *data; /* nullable: `value` everywhere */
     double value;
     int64_t stride[2]; /* elements, of the two axes named at the declaration; 0 repeats */
     int32_t type;      /* SA_NUMBER_* of data */
@@ -51,13 +60,13 @@ typedef struct sa_cuda_cache {
 } sa_cuda_cache;
 
 typedef struct sa_cuda_problem {
-    sa_cuda_tensor query;      /* [batch, heads_q, query_length, depth] */
-    sa_cuda_tensor key;        /* [batch, heads_kv, kv_length, depth]; with a cache: the chunk, kv_length = query_length */
-    sa_cuda_tensor value;      /* [batch, heads_kv, kv_length, depth_v] */
-    sa_cuda_tensor output;     /* [batch, heads_q, query_length, depth_v], written in full */
-    sa_cuda_tensor sink_query; /* [batch, heads_q, query_length, depth], against the pinned keys; not with a cache */
-    sa_cuda_tensor sink_key;   /* [heads_kv, learned, depth] */
-    sa_cuda_tensor sink_value; /* [heads_kv, learned, depth_v] */
+    sa_cuda_tensor query;             /* [batch, heads_q, query_length, depth] */
+    sa_cuda_tensor key;               /* [batch, heads_kv, kv_length, depth]; with a cache: the chunk, kv_length = query_length */
+    sa_cuda_tensor value;             /* [batch, heads_kv, kv_length, depth_v] */
+    sa_cuda_tensor output;            /* [batch, heads_q, query_length, depth_v], written in full */
+    sa_cuda_tensor sink_query;        /* [batch, heads_q, query_length, depth], against the pinned keys; not with a cache */
+    sa_cuda_tensor sink_key;          /* [heads_kv, learned, depth] */
+    sa_cuda_tensor sink_value;        /* [heads_kv, learned, depth_v] */
     sa_cuda_numbers sink_logits;      /* [heads_q, logits] natural log units */
     sa_cuda_numbers sink_bias;        /* [heads_q, pinned] */
     sa_cuda_numbers alibi_slopes;     /* [batch, heads_q] */
@@ -89,20 +98,20 @@ typedef struct sa_cuda_problem {
     uint32_t *counters; /* plan.counter_count, zero before the plan runs and zero again after it; not shared either */
 
     /* filled by sa_cuda_choose */
-    int64_t partial_offset;  /* bytes into scratch: [units, splits, rows of a tile, depth_v] weighted values of a split, fp32 */
-    int64_t state_offset;    /* bytes: [units, splits, rows of a tile, 2] maximum and sum of a split, fp32 */
-    int64_t lse_offset;      /* bytes: lse for the mass pass where the caller wants none; < 0: not needed */
-    int64_t rotated_offset;  /* bytes: query, pinned query, key of a chunk that the rotate kernel turned; < 0: not needed */
-    int64_t row_tiles;       /* tiles of query rows of one kv head: of one batch row, or of all packed sequences (an upper bound) */
-    int32_t splits;          /* parts that the keys of a tile are cut into */
-    int32_t clustered;       /* the splits of a tile are one cluster: partial results meet in distributed shared memory */
-    int32_t append;          /* decode also appends the chunk to the cache and advances it */
-    int32_t aligned;         /* every row of key, value, cache and learned rows is read in 16-byte pieces */
-    int32_t lean;            /* one query a row and one window for all: every head sees the same keys */
-    int32_t group;           /* query heads of a kv head */
-    int32_t apart;           /* pinned keys are treated otherwise than the others */
+    int64_t partial_offset; /* bytes into scratch: [units, splits, rows of a tile, depth_v] weighted values of a split, fp32 */
+    int64_t state_offset;   /* bytes: [units, splits, rows of a tile, 2] maximum and sum of a split, fp32 */
+    int64_t lse_offset;     /* bytes: lse for the mass pass where the caller wants none; < 0: not needed */
+    int64_t rotated_offset; /* bytes: query, pinned query, key of a chunk that the rotate kernel turned; < 0: not needed */
+    int64_t row_tiles;      /* tiles of query rows of one kv head: of one batch row, or of all packed sequences (an upper bound) */
+    int32_t splits;         /* parts that the keys of a tile are cut into */
+    int32_t clustered;      /* the splits of a tile are one cluster: partial results meet in distributed shared memory */
+    int32_t append;         /* decode also appends the chunk to the cache and advances it */
+    int32_t aligned;        /* every row of key, value, cache and learned rows is read in 16-byte pieces */
+    int32_t lean;           /* one query a row and one window for all: every head sees the same keys */
+    int32_t group;          /* query heads of a kv head */
+    int32_t apart;          /* pinned keys are treated otherwise than the others */
     int32_t reserved;
-    int64_t common_window;   /* of all heads, as the kernels count it; 0: it differs or is on the device */
+    int64_t common_window;               /* of all heads, as the kernels count it; 0: it differs or is on the device */
     sa_cuda_tensor held_key, held_value; /* where a row's keys lie: the call's tensors, or the cache */
 } sa_cuda_problem;
 

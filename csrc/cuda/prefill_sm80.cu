@@ -2,12 +2,19 @@
  *
  *   out = sum_j 2^(s_j - m) v_j / (sum_j 2^(s_j - m) + 2^(sigma - m)),   flops = 4 * depth * visible pairs * heads_q * batch
  *
- * One CTA per (64 rows, kv head, batch row); rows are the queries of all heads of a group, so that a narrow window wastes little of a tile.
- * Only slices that some row sees are visited: learned rows, pinned keys, window. Slices that every row sees whole carry no mask. Keys and values
- * come by cp.async one slice ahead; each of four warps multiplies its 16 rows with mma.sync. Runs on sm_80 and later. */
+ * One CTA per (64 rows, kv head, batch row); rows are the queries of all heads of a group, so that a narrow window wastes little of a
+ * tile. Only slices that some row sees are visited: learned rows, pinned keys, window. Slices that every row sees whole carry no mask.
+ * Keys and values come by cp.async one slice ahead; each of four warps multiplies its 16 rows with mma.sync. For sm_80 and later.
+ *
+ * H200, bf16, causal, useful TFLOP/s: 64/8 heads, D 128, N 8192; D 64, N 16384; 16/16, D 256, N 8192; 64/8, D 128, N 32768, window 1024
+ *   v1 scores in local memory       114    66   144   102    2026-11-24
+ *   v2 scores by value              178   201   159   146    2026-11-24
+ * Limited by: queries read from shared memory for every slice, one barrier a slice, 16 rows a warp. Right for every argument, made to be
+ * overtaken. */
 #include "multiply.cuh"
 
-namespace sa {
+namespace sa
+{
 
 constexpr int prefill_rows = SA_PREFILL_ROWS;
 static_assert(sizeof(tile<prefill_rows>) <= SA_ROWS_SHARED, "room for what is known of the rows");
@@ -33,14 +40,16 @@ __device__ __forceinline__ void load_tile(const sa_cuda_problem &p, const char *
     }
 }
 
-template <int depth> __device__ void load_query_tile(const sa_cuda_problem &p, const tile<prefill_rows> &t, const sa_cuda_tensor &source, char *target)
+template <int depth>
+__device__ void load_query_tile(const sa_cuda_problem &p, const tile<prefill_rows> &t, const sa_cuda_tensor &source, char *target)
 {
     constexpr int pieces = depth / 8;
     for (int i = threadIdx.x; i < prefill_rows * pieces; i += blockDim.x) {
         const int row = i / pieces, piece = i % pieces;
         uint16_t part[8] = {};
         if (row < t.real) {
-            const uint16_t *from = (const uint16_t *)element(source, t.at.batch, t.head[row], t.at.query_begin + t.token[row], 2) + piece * 8;
+            const uint16_t *from =
+                (const uint16_t *)element(source, t.at.batch, t.head[row], t.at.query_begin + t.token[row], 2) + piece * 8;
             if (piece * 8 + 8 <= p.depth && ((uintptr_t)from & 15) == 0) {
                 *(uint4 *)part = *(const uint4 *)from;
             } else {
@@ -70,14 +79,16 @@ __device__ __forceinline__ slice_at find_slice(const tile<prefill_rows> &t, int 
 }
 
 template <int depth>
-__device__ __forceinline__ void load_stage(const sa_cuda_problem &p, const tile<prefill_rows> &t, const slice_at &at, char *stage, uint64_t policy)
+__device__ __forceinline__ void load_stage(const sa_cuda_problem &p, const tile<prefill_rows> &t, const slice_at &at, char *stage,
+                                           uint64_t policy)
 {
     constexpr int keys = SA_PREFILL_KEYS(depth), pieces = depth / 8;
     const run &r = t.list.runs[at.run];
     char *values = stage + keys * depth * 2;
     load_tile<depth>(p, r.key + at.first * r.key_stride, r.key_stride, at.count, (int)p.depth, stage, policy);
     load_tile<depth>(p, r.value + at.first * r.value_stride, r.value_stride, at.count, (int)p.depth_v, values, policy);
-    for (int i = at.count * pieces + threadIdx.x; i < keys * pieces; i += blockDim.x) { /* behind the end: weights 0, so values must be finite */
+    for (int i = at.count * pieces + threadIdx.x; i < keys * pieces;
+         i += blockDim.x) { /* behind the end: weights 0, so values must be finite */
         *(uint4 *)(values + piece_at<depth>(i / pieces, i % pieces)) = make_uint4(0, 0, 0, 0);
     }
 }
@@ -202,7 +213,8 @@ template <typename T, int depth> __device__ __forceinline__ void prefill(const s
 } // namespace sa
 
 #define SA_PREFILL(name, depth)                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(32 * SA_PREFILL_WARPS) prefill_##name##_##depth(const __grid_constant__ sa_cuda_problem p) \
+    extern "C" __global__ void __launch_bounds__(32 * SA_PREFILL_WARPS)                                                                    \
+        prefill_##name##_##depth(const __grid_constant__ sa_cuda_problem p)                                                                \
     {                                                                                                                                      \
         sa::prefill<sa::name, depth>(p);                                                                                                   \
     }

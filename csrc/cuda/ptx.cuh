@@ -4,7 +4,8 @@
 
 #include <stdint.h>
 
-namespace sa {
+namespace sa
+{
 
 /* Conversions between fp32 and the element types; `multiply` is D += A B with A [16, 16] by rows, B [16, 8] by columns, D fp32. */
 struct f32 {
@@ -77,8 +78,8 @@ __device__ __forceinline__ float exp2_fast(float x)
     return y;
 }
 
-/* A word of line `line` of the parameters. They are cold when a kernel begins, and waiting for one line after the other would take longer than
- * all else: other warps than the one in a hurry ask for them. */
+/* A word of line `line` of the parameters. They are cold when a kernel begins, and waiting for one line after the other would take longer
+ * than all else: other warps than the one in a hurry ask for them. */
 __device__ __forceinline__ uint32_t touch_parameters(const void *parameters, int line)
 {
     uint32_t word;
@@ -136,6 +137,14 @@ __device__ __forceinline__ void copy_async_commit()
 template <int pending> __device__ __forceinline__ void copy_async_wait()
 {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+/* Counts to `count` and then from 0 again, in no order with other accesses. Returns what was there before. */
+__device__ __forceinline__ uint32_t count_up(uint32_t *counter, uint32_t count)
+{
+    uint32_t before;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(count - 1) : "memory");
+    return before;
 }
 
 /* Counts an arrival, with all that the CTA wrote before its last barrier, at a counter that returns to 0. True for the last of `count`. */

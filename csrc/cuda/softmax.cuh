@@ -6,7 +6,8 @@
 
 #include "ptx.cuh"
 
-namespace sa {
+namespace sa
+{
 
 constexpr float log2e = 1.4426950408889634f, ln2 = 0.6931471805599453f;
 constexpr float infinity = __builtin_huge_valf();

@@ -1,0 +1,140 @@
+"""The CUDA kernels' own source, run on the host against the reference: every argument, no GPU."""
+
+import platform
+import shutil
+from types import SimpleNamespace
+
+import emulated
+import numpy as np
+import pytest
+from oracle import dtype_of, normal
+from tolerance import FP32_RELATIVE, HALF_RELATIVE, assert_close, assert_lse_close
+
+from sinkattn import reference
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("g++") is None,
+    reason="needs g++ on x86-64, whose fibers stand for threads")
+DEVICES = {"h200": emulated.H200, "a100": emulated.A100, "small": emulated.SMALL}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return emulated.build(tmp_path_factory.mktemp("kernels"))
+
+
+def check(got, expected, dtype, rotated=False):
+    """Rotated keys are rounded once more, which the reference does not do."""
+    bound = HALF_RELATIVE.get(dtype, FP32_RELATIVE) * (2 if rotated else 1)
+    assert_close(got[0], expected[0], bound)
+    lse = {"float32": 1e-5}.get(dtype, 1e-4) if not rotated else 3e-2
+    assert_lse_close(got[1], expected[1], lse)
+
+
+def draw_arguments(random, dtype, heads_q, heads_kv, batch, queries, keys, depth, depth_v):
+    """A call's keywords; each is there about every third time."""
+    def some(chance=0.35):
+        return random.random() < chance
+
+    arguments = {"causal": some(0.75)}
+    if some(0.5):
+        arguments["window"] = (int(random.choice([1, 9, 70])) if some(0.6) else
+                               random.choice([0, 1, 40], heads_q).astype(np.int32))
+    if some(0.5):
+        sinks = arguments["sinks"] = int(random.choice([1, 4, 20]))
+        if some(0.5):
+            arguments["sink_bias"] = np.where(random.random((heads_q, sinks)) < 0.2, -np.inf,
+                                              random.standard_normal((heads_q, sinks)))
+        if some(0.5):
+            arguments["sink_q"] = normal(random, batch, heads_q, queries, depth, dtype=dtype)
+    if some(0.5):
+        arguments["sink_logits"] = normal(random, heads_q, 3) if some(0.5) else normal(random, heads_q)
+    if some():
+        arguments["sink_kv"] = (normal(random, heads_kv, 3, depth, dtype=dtype),
+                                normal(random, heads_kv, 3, depth_v, dtype=dtype))
+    if some():
+        arguments["softcap"] = 5.0
+    if some():
+        arguments["alibi_slopes"] = random.random((batch, heads_q)) * 0.1
+    if some() and batch == 1:
+        cuts = np.sort(random.integers(0, [queries + 1, keys + 1], (2, 2)), axis=0)
+        arguments["cu_seqlens_q"] = np.array([0, *cuts[:, 0], queries])
+        arguments["cu_seqlens_k"] = np.array([0, *cuts[:, 1], keys], np.int32)
+    elif some():
+        arguments["starts"] = random.integers(0, keys // 2 + 1, batch)
+        arguments["lengths"] = random.integers(0, keys // 2 + 1, batch).astype(np.int32)
+        arguments["q_lengths"] = random.integers(0, queries + 1, batch)
+    return arguments
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("seed", range(6))
+def test_every_argument(library, seed, dtype, device):
+    random = np.random.default_rng([seed, *device.encode()])
+    batch, heads_kv, group = (int(random.choice(x)) for x in ((1, 2), (1, 2), (1, 3, 8, 17)))
+    depth, depth_v = (int(random.choice((64, 128, 80, 20, 256))) for _ in range(2))
+    queries, keys = int(random.choice((1, 1, 5, 40))), int(random.choice((1, 33, 200, 600)))
+    q = normal(random, batch, heads_kv * group, queries, depth, dtype=dtype)
+    k = normal(random, batch, heads_kv, keys, depth, dtype=dtype)
+    v = normal(random, batch, heads_kv, keys, depth_v, dtype=dtype)
+    arguments = draw_arguments(random, dtype, heads_kv * group, heads_kv, batch, queries, keys,
+                               depth, depth_v)
+    expected = reference.attend(q, k, v, return_lse=True, return_mass=True, **arguments)
+    got = emulated.Call(q, k, v, **arguments).run(library, DEVICES[device])
+    check(got, expected, dtype)
+    assert_close(got[2], expected[2], 1e-5 if dtype == "float32" else 1e-3)
+
+
+@pytest.mark.parametrize("device, splits, cluster", [("h200", 8, 8), ("a100", None, 1)])
+def test_splits_meet(library, device, splits, cluster):
+    """In a cluster's shared memory, or in scratch."""
+    random = np.random.default_rng(1)
+    q = normal(random, 2, 8, 1, 128, dtype="bfloat16")
+    k, v = (normal(random, 2, 2, 1500, 128, dtype="bfloat16") for _ in range(2))
+    call = emulated.Call(q, k, v, want_mass=False)
+    check(call.run(library, DEVICES[device]), reference.attend(q, k, v, return_lse=True), "bfloat16")
+    assert call.plan.launches[0].cluster == cluster
+    assert call.problem.splits == splits if splits else call.problem.splits > 1
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_what_nobody_sees_reaches_nothing(library, queries):
+    random = np.random.default_rng(2)
+    q = normal(random, 1, 4, queries, 64, dtype="float16")
+    k, v = (normal(random, 1, 1, 300, 64, dtype="float16") for _ in range(2))
+    arguments = {"window": 50, "sinks": 4, "lengths": np.array([260])}
+    expected = reference.attend(q, k, v, return_lse=True, **arguments)
+    seen = np.zeros(300, bool)
+    seen[:4] = seen[260 - queries - 49:260] = True
+    k[:, :, ~seen], v[:, :, ~seen] = np.nan, np.inf
+    check(emulated.Call(q, k, v, **arguments).run(library), expected, "float16")
+
+
+@pytest.mark.parametrize("rope", ["none", "raw", "applied", "interleaved"])
+@pytest.mark.parametrize("mass", [False, True], ids=["step", "step with mass"])
+def test_stream(library, rope, mass):
+    """Chunks of several lengths, single steps while the ring fills, and beyond."""
+    random = np.random.default_rng(3)
+    turn = None if rope == "none" else SimpleNamespace(
+        inv_freq=1e4 ** -(np.arange(32) / 32), interleaved=rope == "interleaved",
+        attention_scaling=1.2, applied=rope == "applied")
+    options = {"sinks": 4, "window": 37, "rope": turn, "rollback": 2}
+    exact = reference.SinkCache(2, 2, 64, **options)
+    cache = emulated.SinkCache(2, 2, 64, dtype=dtype_of("float16"), **options)
+    logits = normal(random, 8)
+    for tokens in (1, 1, 7, 1, 90, 1, 1, 1, 30, 1, 1):
+        q = normal(random, 2, 8, tokens, 64, dtype="float16")
+        k, v = (normal(random, 2, 2, tokens, 64, dtype="float16") for _ in range(2))
+        new = random.integers(0, tokens + 1, 2) if tokens > 1 else None
+        expected = exact.attend(q, k, v, new_lengths=new, sink_logits=logits, return_lse=True,
+                                return_mass=True)
+        call = cache.attend(library, emulated.H200, q, k, v, new, sink_logits=logits,
+                            want_mass=mass)
+        check((call.out, call.lse), expected, "float16", rotated=turn is not None)
+        if mass:
+            assert_close(call.mass, expected[2], 1e-2 if turn is not None else 1e-3)
+        elif tokens == 1:
+            assert call.plan.launch_count == 1
+        np.testing.assert_array_equal(cache.lengths, exact.length)
+        np.testing.assert_array_equal(cache.lows, exact._oldest)

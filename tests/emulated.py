@@ -1,0 +1,205 @@
+"""The kernels of csrc/cuda compiled for the host (device/), called with NumPy arrays.
+
+No GPU is needed, and none is imitated in its speed: this runs the same source, thread by thread.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = ROOT / "tests/c/device"
+KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass")
+NUMBER_TYPES = {"float32": 0, "float16": 1, "float64": 3, "int32": 6, "int64": 7}
+I32, I64, F64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+
+
+def _fields(kind, names):
+    return [(name, kind) for name in names.split()]
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [("data", POINTER), *_fields(I64, "batch head token")]
+
+
+class Numbers(ctypes.Structure):
+    _fields_ = [("data", POINTER), ("value", F64), ("stride", I64 * 2), *_fields(I32, "type given")]
+
+
+class Cache(ctypes.Structure):
+    _fields_ = [*_fields(POINTER, "keys values lengths lows inv_freq"),
+                *_fields(I64, "window capacity pairs"), ("scaling", F64),
+                *_fields(I32, "interleaved applied slot_positions padding")]
+
+
+class Problem(ctypes.Structure):
+    """sa_cuda_problem of csrc/cuda/params.h."""
+
+    _fields_ = [
+        *_fields(Tensor, "query key value output sink_query sink_key sink_value"),
+        *_fields(Numbers, "sink_logits sink_bias alibi_slopes window starts lengths query_lengths "
+                          "cumulative_query cumulative_key"),
+        ("cache", Cache), *_fields(POINTER, "lse mass"),
+        *_fields(I64, "batch heads_q heads_kv query_length kv_length depth depth_v sequences "
+                      "logits pinned learned mass_length mass_queries"),
+        *_fields(ctypes.c_float, "scale softcap"),
+        *_fields(I32, "dtype causal mass_maximum padding"), *_fields(POINTER, "scratch counters"),
+        *_fields(I64, "partial_offset state_offset lse_offset rotated_offset row_tiles"),
+        *_fields(I32, "splits clustered append aligned lean group apart reserved"),
+        ("common_window", I64), *_fields(Tensor, "held_key held_value")]
+
+
+class Launch(ctypes.Structure):
+    _fields_ = [("kernel", I32), *_fields(ctypes.c_uint32, "grid block cluster shared")]
+
+
+class Plan(ctypes.Structure):
+    _fields_ = [("launches", Launch * 4), ("launch_count", ctypes.c_int),
+                *_fields(I64, "scratch_bytes counter_count"), ("path", ctypes.c_char_p)]
+
+
+class Facts(ctypes.Structure):
+    """sa_cuda_device of csrc/cuda/choose.h."""
+
+    _fields_ = _fields(I32, "capability multiprocessors shared_limit cluster_limit")
+
+
+H200 = Facts(90, 132, 232448, 8)
+A100 = Facts(80, 108, 166912, 0)
+SMALL = Facts(89, 142, 101376, 0)  # one warp a block where depth is 256
+
+
+def build(folder):
+    """Compiles the kernels into a library under `folder`."""
+    compiler = shutil.which("g++")
+    for source in (*ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/cuda/*.h"),
+                   ROOT / "csrc/cuda/choose.c", *ROOT.glob("csrc/core/*.h")):
+        target = folder / source.relative_to(ROOT / "csrc")
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(source, target)
+    for source in DEVICE.iterdir():
+        shutil.copy(source, folder / "cuda")
+    for name in KERNELS:
+        text = (ROOT / f"csrc/cuda/{name}.cu").read_text()
+        text = re.sub(r"extern __shared__ .*char memory\[\];", "char *memory = shared_memory();", text)
+        (folder / f"cuda/{name}.cpp").write_text(text)
+
+    def compile_one(name):
+        language = ["-std=gnu11"] if name.endswith(".c") else ["-std=c++17", "-fno-strict-aliasing"]
+        command = [compiler if name.endswith(".cpp") else "gcc", *language, "-O1", "-fPIC", "-w",
+                   "-c", name, "-o", f"{name}.o"]
+        subprocess.run(command, cwd=folder / "cuda", check=True)
+        return f"{name}.o"
+
+    names = ["choose.c", "device.cpp", *(f"{name}.cpp" for name in KERNELS)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, names))
+    subprocess.run([compiler, "-shared", *objects, "-o", "kernels.so", "-lm"],
+                   cwd=folder / "cuda", check=True)
+    library = ctypes.CDLL(str(folder / "cuda/kernels.so"))
+    assert library.size_of_problem() == ctypes.sizeof(Problem)
+    return library
+
+
+def _tensor(array, axes):
+    if array is None:
+        return Tensor()
+    size = array.itemsize
+    strides = [array.strides[axis] // size if axis is not None else 0 for axis in axes]
+    return Tensor(array.ctypes.data, *strides)
+
+
+def _numbers(array, axes=(0, None)):
+    if array is None:
+        return Numbers()
+    if np.isscalar(array):
+        return Numbers(None, array, (I64 * 2)(0, 0), 0, 1)
+    strides = [array.strides[axis] // array.itemsize if axis is not None else 0 for axis in axes]
+    return Numbers(array.ctypes.data, 0.0, (I64 * 2)(*strides), NUMBER_TYPES[array.dtype.name], 1)
+
+
+def _dtype(array):
+    return {"float32": 0, "float16": 1, "bfloat16": 2}[array.dtype.name]
+
+
+class Call:
+    """One problem with its results in place; `keep` holds what its pointers need."""
+
+    def __init__(self, q, k, v, *, causal=True, sinks=0, window=None, sink_logits=None,
+                 sink_bias=None, sink_q=None, sink_kv=None, scale=None, softcap=None,
+                 alibi_slopes=None, starts=None, lengths=None, q_lengths=None, cu_seqlens_q=None,
+                 cu_seqlens_k=None, mass_reduce="sum", mass_queries=None, mass_length=None,
+                 want_mass=True):
+        batch, heads_q, queries, depth = q.shape
+        heads_kv, keys, depth_v = v.shape[1:]
+        mass_length = keys if mass_length is None else mass_length
+        self.out = np.full((batch, heads_q, queries, depth_v), np.nan, np.float32).astype(q.dtype)
+        self.lse = np.full((batch, heads_q, queries), np.nan, np.float32)
+        self.mass = np.zeros((batch, heads_kv, mass_length), np.float32)
+        self.keep = (q, k, v, sink_q, sink_kv, sink_logits, sink_bias, alibi_slopes, window, starts,
+                     lengths, q_lengths, cu_seqlens_q, cu_seqlens_k)
+        self.problem = p = Problem()
+        four = (0, 1, 2)
+        p.query, p.key, p.value, p.output, p.sink_query = (
+            _tensor(x, four) for x in (q, k, v, self.out, sink_q))
+        if sink_kv is not None:
+            p.sink_key, p.sink_value = (_tensor(x, (None, 0, 1)) for x in sink_kv)
+            p.learned = sink_kv[0].shape[1]
+        several = getattr(sink_logits, "ndim", 0) == 2
+        p.sink_logits = _numbers(sink_logits, (0, 1) if several else (0, None))
+        p.logits = sink_logits.shape[1] if several else 1
+        p.sink_bias = _numbers(sink_bias, (0, 1))
+        p.alibi_slopes = _numbers(
+            alibi_slopes, (0, 1) if getattr(alibi_slopes, "ndim", 0) == 2 else (None, 0))
+        p.window, p.starts, p.lengths, p.query_lengths, p.cumulative_query, p.cumulative_key = (
+            _numbers(x) for x in (window, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k))
+        p.sequences = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+        p.lse, p.mass = self.lse.ctypes.data, self.mass.ctypes.data if want_mass else None
+        p.batch, p.heads_q, p.heads_kv, p.query_length, p.kv_length = (
+            batch, heads_q, heads_kv, queries, keys)
+        p.depth, p.depth_v, p.pinned, p.mass_length = depth, depth_v, sinks, mass_length
+        p.mass_queries = -1 if mass_queries is None else mass_queries
+        p.mass_maximum, p.causal, p.dtype = mass_reduce == "max", causal, _dtype(q)
+        p.scale = depth**-0.5 if scale is None else scale
+        p.softcap = softcap or 0.0
+
+    def run(self, library, facts=H200):
+        self.plan = Plan()
+        status = library.run_problem(ctypes.byref(self.problem), ctypes.byref(facts),
+                                     ctypes.byref(self.plan))
+        assert status == 0, "a counter is not zero" if status > 0 else "the grid is too large"
+        return self.out, self.lse, self.mass
+
+
+class SinkCache:
+    """The device's cache in host memory."""
+
+    def __init__(self, batch, kv_heads, head_dim, *, dtype, sinks=4, window=1020, rope=None,
+                 positions="slot", rollback=0):
+        slots = sinks + window + rollback
+        self.sinks, self.slots, self.rope, self.library = sinks, slots, rope, None
+        self.keys, self.values = (
+            np.zeros((batch, kv_heads, slots, head_dim), dtype) for _ in range(2))
+        self.lengths, self.lows = np.zeros(batch, np.int64), np.full(batch, sinks, np.int64)
+        c = self.state = Cache()
+        c.keys, c.values, c.lengths, c.lows = (
+            x.ctypes.data for x in (self.keys, self.values, self.lengths, self.lows))
+        c.window, c.capacity, c.slot_positions = window, window + rollback, positions == "slot"
+        if rope is not None:
+            self.inv_freq = np.asarray(rope.inv_freq, np.float64)
+            c.inv_freq, c.pairs = self.inv_freq.ctypes.data, len(self.inv_freq)
+            c.scaling, c.interleaved, c.applied = (
+                rope.attention_scaling, rope.interleaved, rope.applied)
+
+    def attend(self, library, facts, q, k, v, new_lengths=None, **keywords):
+        call = Call(q, k, v, sinks=self.sinks, q_lengths=new_lengths, mass_length=self.slots,
+                    **keywords)
+        call.problem.cache = self.state
+        call.run(library, facts)
+        return call
