@@ -35,6 +35,7 @@ enum {
 
 enum {
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+    CU_FUNC_ATTRIBUTE_PTX_VERSION = 5, /* what the kernel was compiled for: major and minor digit */
     CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14,
 };
 
@@ -86,6 +87,7 @@ typedef struct CUlaunchConfig {
                           int *library_options, void **library_values, unsigned library_count))                                           \
     X(cuLibraryGetKernel, (CUkernel * kernel, CUlibrary library, const char *name))                                                       \
     X(cuKernelGetFunction, (CUfunction * function, CUkernel kernel))                                                                      \
+    X(cuKernelGetAttribute, (int *value, int attribute, CUkernel kernel, CUdevice device))                                                \
     X(cuKernelSetAttribute, (int attribute, int value, CUkernel kernel, CUdevice device))                                                 \
     X(cuLaunchKernelEx, (const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra))                             \
     X(cuOccupancyMaxPotentialClusterSize, (int *size, CUfunction function, const CUlaunchConfig *config))                                 \

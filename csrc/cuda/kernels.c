@@ -176,6 +176,12 @@ sa_status sa_device_cluster_limit(const char *function, const sa_device_scope *s
         return SA_OK;
     }
     SA_TRY(prepare(function, scope, kernel_index));
+    int virtual_architecture = 0;
+    SA_TRY_DRIVER(function, cuKernelGetAttribute(&virtual_architecture, CU_FUNC_ATTRIBUTE_PTX_VERSION, state.kernels[kernel_index].handle,
+                                                 scope->handle));
+    if (virtual_architecture < 90) { /* an older kernel that this device runs all the same has no code for clusters */
+        return SA_OK;
+    }
     const CUlaunchConfig config = {.gridDimX = 16,
                                    .gridDimY = 1,
                                    .gridDimZ = 1,

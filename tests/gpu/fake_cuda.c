@@ -126,6 +126,13 @@ static CUresult fake_cuKernelSetAttribute(int attribute, int value, CUkernel ker
     return CUDA_SUCCESS;
 }
 
+static CUresult fake_cuKernelGetAttribute(int *value, int attribute, CUkernel kernel, CUdevice device)
+{
+    (void)attribute, (void)kernel, (void)device;
+    *value = 90;
+    return CUDA_SUCCESS;
+}
+
 static CUresult fake_cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra)
 {
     (void)extra, (void)config;
