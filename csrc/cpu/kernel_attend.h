@@ -12,15 +12,25 @@
  *
  *   flops = 2 * (depth + depth_v) * visible pairs      bytes (decode) = kv_length * (depth + depth_v) * heads_kv * item size
  *
- * Ladder (2026-11-24, Intel Emerald Rapids, 2 cores, table avx512; fp32 FMA peak 2 x 172 GFLOP/s, plain read 27 GB/s; torch 2.13 SDPA in the
- * same run in brackets; depth 128):
+ * Ladder, 2 threads, depth 128; torch 2.13 SDPA of the same run in brackets (decode: its enable_gqa form). `python -m sinkattn bench`.
  *                                             causal, 8 heads, N 2048, fp32    decode 32/8, N 4096, fp32 / bf16
+ *   Intel Emerald Rapids, 2026-11-24, table avx512; fp32 FMA peak 344 GFLOP/s, plain read 27 GB/s:
  *   v1 tiles of 12 x 32, blocks of 64 keys     38 ms  224 GFLOP/s  (44 ms)     0.82 / 0.64 ms  (2.8 / 1.4 ms)
- *   v2 plain blocks in registers, rows         37 ms  230 GFLOP/s  (43 ms)     0.80 / 0.65 ms  prefetch 16 rows ahead: N 32768 15.3 -> 12.6 ms
+ *   v2 plain blocks in registers, rows         37 ms  230 GFLOP/s  (43 ms)     0.80 / 0.65 ms
  *      numbered once, packing by dtype
  *   v3 blocks of 128 keys                      36 ms  242 GFLOP/s  (43 ms)     0.78 / 0.60 ms; 4 pinned + window 256, N 2048: 14.3 ms (75.8 ms)
- * Limited by: FMA (80 % of the time is in the tiles, at 85 % of their peak). vdpbf16ps here runs at half the arithmetic of fp32 FMA, so bf16 is
- * widened (117 against 70 GFLOP/s a core); elsewhere the bf16 table is the faster one.
+ *   AMD Zen 5, 2026-11-25, table avx512bf16; fp32 FMA peak 553 GFLOP/s, bf16 dot 1092, plain read 45 or 78 GB/s as the host lets it:
+ *   v3                                         24 ms  356 GFLOP/s  (52 ms)     0.91 / 0.49 ms  (2.8 / 11.3 ms): 37 and 34 of 84 GB/s
+ *   v4 decode: values a few at a time for      21 ms  400 GFLOP/s  (54 ms)     0.62 / 0.36 ms: 54 of 74 and 47 of 68 GB/s (N 32768: 58 of 70,
+ *      all rows, keys in memory order, a page                                  53 of 69); where the host gives 45 GB/s 85 % of it and more
+ *      asked for before it is read; workers    bf16 13 ms, 667 GFLOP/s (56 ms); 4 pinned + window 256, N 2048, fp32: 8.0 ms (94 ms)
+ *      keep off the caller's processor
+ * Limited by: prefill by FMA (72 % of its peak, bf16 62 % of the dot products'); decode by how many lines a core keeps on their way: with all of
+ * K and V in the second level a key of 4 heads costs 39 cycles in fp32 and 30 in bf16, against 105 and 52 for its bytes at 80 GB/s.
+ * Tried and lost: no prefetch at all (the processor's own prefetchers do not cross a page while the sums are computed: 31 %), prefetch into the
+ * second level, a whole block ahead, four keys at a time against four rows.
+ * On Intel vdpbf16ps runs at half the arithmetic of fp32 FMA, so bf16 is widened there, or goes through AMX tiles: right on a Xeon that has
+ * them, not timed yet.
  */
 #ifndef SA_KERNEL_ATTEND_H
 #define SA_KERNEL_ATTEND_H
