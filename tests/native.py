@@ -29,18 +29,19 @@ def kernel_flags():
 
 
 def accepts(compiler, flags, macro):
+    source = f"#ifndef {macro}\n#error\n#endif\nint probe(void) {{ return 0; }}\n"
     done = subprocess.run([compiler, *flags, "-x", "c", "-c", "-", "-o", os.devnull], text=True,
-                          input=f"#ifndef {macro}\n#error\n#endif\n", capture_output=True)
+                          input=source, capture_output=True)
     return done.returncode == 0
 
 
 def compile_core(folder, compiler="gcc", flags=SANITIZE, watched=()):
     """Objects of csrc/core and csrc/cpu; `watched` are flags for all but the slow reference."""
-    kernels = {name: isa for name, (isa, macro) in kernel_flags().items()
-               if (ROOT / "csrc/cpu" / name).exists() and accepts(compiler, isa, macro)}
+    known = kernel_flags()
+    kernels = {name: isa for name, (isa, macro) in known.items() if accepts(compiler, isa, macro)}
     have = [f"-DSA_HAVE_{name[len('attend_'):-2].upper()}" for name in kernels]
     sources = [p for part in ("core", "cpu") for p in sorted((ROOT / "csrc" / part).glob("*.c"))
-               if not (p.name.startswith("attend_") and p.name not in kernels)]
+               if p.name not in known or p.name in kernels]
 
     def one(source):
         target = Path(folder, source.stem + ".o")

@@ -41,7 +41,7 @@ def fuzz(name, seconds):
     """Returns how many inputs ran; raises where one of them found something."""
     folder = unpack(name)
     command = [str(BUILD / name), str(folder), f"-max_total_time={seconds}", "-max_len=400", "-len_control=10",
-               "-print_final_stats=1", "-timeout=20", "-verbosity=0", f"-artifact_prefix={BUILD}/{name}-"]
+               "-print_final_stats=1", "-timeout=300", "-verbosity=0", f"-artifact_prefix={BUILD}/{name}-"]
     done = subprocess.run(command, capture_output=True, text=True)
     runs = re.search(r"number_of_executed_units: (\d+)", done.stderr)
     if done.returncode != 0:
