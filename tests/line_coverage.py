@@ -7,9 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from on_device import has_cuda
+
 ROOT = Path(__file__).resolve().parents[1]
 C_BOUND, PYTHON_BOUND = 90.0, 95.0
 NOT_SHIPPED = {"csrc/python/canary.c"}
+NEEDS_GPU = ("csrc/cuda/", "csrc/python/bind_cuda_cache.c", "csrc/python/device.c", "csrc/python/run_cuda.c",
+             "sinkattn/_libraries.py", "sinkattn/bench/cuda.py", "sinkattn/bench/cuda_works.py",
+             "sinkattn/demo/train.py")
+
+
+def counts_here(name):
+    return not name.startswith(NEEDS_GPU) or has_cuda()
 
 
 def lines_of_c(build):
@@ -25,14 +34,14 @@ def lines_of_c(build):
                 for line in file["lines"]:
                     number = line["line_number"]
                     lines[name][number] = lines[name].get(number, False) or line["count"] > 0
-    return {name: each for name, each in lines.items() if name not in NOT_SHIPPED}
+    return {name: each for name, each in lines.items() if name not in NOT_SHIPPED and counts_here(name)}
 
 
 def lines_of_python():
     subprocess.run([sys.executable, "-m", "coverage", "json", "-q", "-o", "coverage.json"], check=True)
     files = json.loads(Path("coverage.json").read_text())["files"]
     return {name: {**dict.fromkeys(file["executed_lines"], True), **dict.fromkeys(file["missing_lines"], False)}
-            for name, file in files.items()}
+            for name, file in files.items() if counts_here(name)}
 
 
 def tell(files, bound, verbose):

@@ -1,5 +1,6 @@
 """The shipped model, its text, and the command."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from sinkattn.demo import main
 from sinkattn.demo.methods import Dense, Streaming, stream
+from sinkattn.demo.report import label
 from sinkattn.demo.text import DATA, HELD_OUT_LICENCE, held_out_text
 
 
@@ -55,6 +57,23 @@ def test_the_command_reports_what_it_should(capsys):
             assert (entry["bits_per_letter"] < 2) == entry["in_window"]
     for shares in results["first_token_mass"].values():
         assert min(shares) > 0.1
+
+
+def test_what_a_person_sees(capsys, tmp_path):
+    """Tables, conclusions and the picture agree with the figures of the same run."""
+    record, picture = tmp_path / "all.json", tmp_path / "both.png"
+    arguments = ["--tokens", "640", "--streams", "1", "--samples", "40", "--plants", "2", "--json", str(record)]
+    plot = ["--plot", str(picture)] if importlib.util.find_spec("matplotlib") else []
+    assert main(arguments + plot) == 0
+    text, results = capsys.readouterr().out, json.loads(record.read_text())
+    for name, method in results["methods"].items():
+        line = next(x for x in text.splitlines() if x.startswith(label(name, results["settings"])))
+        assert f"{method['bits_per_byte'][0]:.3f}" in line
+    assert f"{results['same_positions']['sinks_window_over_recomputed']:.3f} (95 %" in text
+    assert "chance is 4.70" in text
+    assert "attention on the first token" in text
+    if plot:
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_options_are_refused(capsys):

@@ -85,3 +85,29 @@ def test_a_rope_is_checked_and_immutable():
         Rope.from_theta(8, attention_scaling=True)
     with pytest.raises(ValueError, match=r"Rope\(\): attention_scaling is nan, expected a finite number"):
         Rope.from_theta(8, attention_scaling=np.nan)
+
+
+class WithoutDevice:
+    """Speaks DLPack, but does not say where its memory is."""
+
+    def __dlpack__(self, **keywords):
+        return X.__dlpack__()
+
+    def __dlpack_device__(self):
+        return "cpu"
+
+
+def test_an_array_tells_its_device():
+    with pytest.raises(TypeError, match=r"attend\(\): k does not tell its device: __dlpack_device__\(\) gave no pair"):
+        attend(X, WithoutDevice(), X)
+
+
+class SomeTracer:
+    """What a function under jax.jit sees in place of an array."""
+
+    aval = None
+
+
+def test_a_tracer_has_no_memory():
+    with pytest.raises(NotImplementedError, match=r"attend\(\): v is a JAX tracer, which has no memory: call outside jax.jit"):
+        attend(X, X, SomeTracer())

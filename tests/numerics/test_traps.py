@@ -103,6 +103,17 @@ def test_split_keys_merge_to_the_whole(cuts, qkv, table):
     assert_lse_close(lse, expected[1])
 
 
+def test_the_reference_merges_too():
+    """Split keys, joined in float64, are the unsplit call."""
+    random = np.random.default_rng(5)
+    q, k, v = (random.standard_normal((1, 2, n, 8)) for n in (3, 40, 40))
+    parts = [reference.attend(q, k[:, :, a:b], v[:, :, a:b], causal=False, return_lse=True, sink_logits=logits)
+             for a, b, logits in ((0, 13, 0.5), (13, 14, None), (14, 40, None))]
+    whole = reference.attend(q, k, v, causal=False, return_lse=True, sink_logits=0.5)
+    for joined, expected in zip(reference.merge(*zip(*parts)), whole):
+        np.testing.assert_allclose(joined, expected, rtol=1e-12)
+
+
 def test_merge_ignores_a_part_that_saw_nothing():
     out = np.ones((2, 3), np.float32)
     nothing = np.full((2, 3), np.nan, np.float32), np.full(2, -np.inf, np.float32)
