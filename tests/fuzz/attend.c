@@ -83,10 +83,10 @@ static void take_sinks(call *c, fuzz_input *in, uint8_t given)
     const int64_t heads = p->query.shape[1], batch = p->query.shape[0];
     if (given & 1) {
         const int64_t logits = fuzz_range(in, 0, 3);
-        p->sink_logits = (sa_floats){take_floats(c, heads * logits + 1, 4.0f), {heads, logits}, given & 2 ? 2 : 0};
+        p->sink_logits = (sa_floats){.data = take_floats(c, heads * logits + 1, 4.0f), .shape = {heads, logits}, .rank = given & 2 ? 2 : 0};
     }
     if ((given & 4) && p->pinned > 0) {
-        p->sink_bias = (sa_floats){take_floats(c, heads * p->pinned, 3.0f), {heads, p->pinned}, 2};
+        p->sink_bias = (sa_floats){.data = take_floats(c, heads * p->pinned, 3.0f), .shape = {heads, p->pinned}, .rank = 2};
     }
     if ((given & 8) && p->pinned > 0) {
         p->sink_query = take_tensor(c, in, p->query.dtype, 4, p->query.shape);
@@ -97,7 +97,9 @@ static void take_sinks(call *c, fuzz_input *in, uint8_t given)
         p->sink_value = take_tensor(c, in, p->query.dtype, 3, (const int64_t[]){heads_kv, count, p->value.shape[3]});
     }
     if (given & 32) {
-        p->alibi_slopes = (sa_floats){take_floats(c, batch * heads, 0.5f), {given & 64 ? batch : heads, heads}, given & 64 ? 2 : 1};
+        p->alibi_slopes = (sa_floats){.data = take_floats(c, batch * heads, 0.5f),
+                                      .shape = {given & 64 ? batch : heads, heads},
+                                      .rank = given & 64 ? 2 : 1};
         for (int64_t i = 0; i < batch * heads; i++) {
             float *slope = (float *)(uintptr_t)p->alibi_slopes.data + i;
             *slope = isinf(*slope) ? 0.0f : *slope;

@@ -131,24 +131,24 @@ static void attend(twins *t, fuzz_input *in)
         lengths[b] = odd == 251 ? fuzz_hostile(in) : fuzz_range(in, 0, tokens);
     }
     if (given & 1) {
-        p.query_lengths = (sa_ints){lengths, {config->batch}, 1};
+        p.query_lengths = (sa_ints){.data = lengths, .shape = {config->batch}, .rank = 1};
     }
     float numbers[64];
     for (int i = 0; i < 64; i++) {
         numbers[i] = 2 * fuzz_uniform(&t->random);
     }
     if (given & 2) {
-        p.sink_logits = (sa_floats){numbers, {heads}, 1};
+        p.sink_logits = (sa_floats){.data = numbers, .shape = {heads}, .rank = 1};
     }
     if ((given & 4) && config->pinned > 0 && heads * config->pinned <= 64) {
-        p.sink_bias = (sa_floats){numbers, {heads, config->pinned}, 2};
+        p.sink_bias = (sa_floats){.data = numbers, .shape = {heads, config->pinned}, .rank = 2};
     }
     bool far = false; /* distances beyond what fp32 tells apart */
     for (int64_t b = 0; b < config->batch; b++) {
         far = far || t->rows[b].length > 200;
     }
     if ((given & 8) && !far) {
-        p.alibi_slopes = (sa_floats){numbers, {heads}, 1};
+        p.alibi_slopes = (sa_floats){.data = numbers, .shape = {heads}, .rank = 1};
     }
     p.has_softcap = given & 16;
     p.softcap = 3.0;
