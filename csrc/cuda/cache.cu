@@ -60,10 +60,7 @@ __device__ __forceinline__ void rotate(const sa_cuda_problem &p)
     float (&table)[2][2][128] = *(float (*)[2][2][128])memory;
     const int64_t batch = blockIdx.x / p.query_length, token = blockIdx.x % p.query_length;
     const place at = batch_row(p, batch);
-    if (token >= at.query_count) {
-        return;
-    }
-    const int64_t position = at.length + token;
+    const int64_t position = at.length + token; /* padded tokens too: decode loads the queries of a row without new ones */
     for (int i = threadIdx.x; i < 2 * p.cache.pairs; i += blockDim.x) {
         const int kind = i >= p.cache.pairs, pair = i - kind * (int)p.cache.pairs;
         rotation(p.cache.inv_freq[pair], kind ? pinned_turn(p, position) : position, p.cache.applied ? 1.0f : (float)p.cache.scaling,
