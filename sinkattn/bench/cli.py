@@ -7,6 +7,8 @@ import json
 import pathlib
 import sys
 
+from sinkattn._arguments import at_least
+
 from .suites import SUITES
 
 LEAST_REPEATS = 5
@@ -19,17 +21,6 @@ def suites_of(word):
         raise argparse.ArgumentTypeError(
             f"no suite {', '.join(unknown) or repr(word)}; there are: {', '.join(SUITES)}")
     return names
-
-
-def at_least(least):
-    def number(word):
-        value = int(word)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected {least} or more, got {value}")
-        return value
-
-    number.__name__ = "int"
-    return number
 
 
 def parse(argv):

@@ -8,6 +8,8 @@ import sys
 
 import numpy as np
 
+from sinkattn._arguments import at_least
+
 from .measure import run
 from .model import Model
 from .progress import Progress
@@ -17,17 +19,6 @@ from .workers import Workers
 
 MODEL = DATA / "model.npz"
 SHORT_STREAMS, STREAMS = 16384, 4
-
-
-def at_least(least):
-    def number(word):
-        value = int(word)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected {least} or more, got {value}")
-        return value
-
-    number.__name__ = "int"
-    return number
 
 
 def parse(argv):
