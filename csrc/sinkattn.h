@@ -197,9 +197,13 @@ sa_status sa_peak(sa_peak_kind kind, const void *data, int64_t bytes, sa_poll po
 void sa_set_threads(int64_t count); /* >= 1 */
 int64_t sa_get_threads(void);       /* default: SINKATTN_NUM_THREADS, else the affinity mask */
 
-/* Plain C helpers that the binding shares with the kernels. `merge`: joins partial results over disjoint keys.
- * outs[parts] are dense [rows, depth] of one dtype, lses[parts] dense [rows] fp32; out has the dtype of outs. */
-void sa_merge(const void *const *outs, const float *const *lses, int64_t parts, int64_t rows, int64_t depth, sa_dtype dtype, void *out,
-              float *lse);
+/* Attention over some of the keys. */
+typedef struct sa_part {
+    sa_tensor out; /* [..., depth], depth <= 256, rank >= 1 */
+    sa_tensor lse; /* [...] fp32 */
+} sa_part;
+
+/* Joins `count` partial results over disjoint keys, all of one shape and dtype; out and lse are dense, of theirs. */
+void sa_merge(const sa_part *parts, int64_t count, void *out, float *lse);
 
 #endif
