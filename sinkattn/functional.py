@@ -1,5 +1,9 @@
 """attend and merge: the public face of the kernels."""
 
+from sys import modules as _modules
+
+from numpy import ndarray as _ndarray
+
 from sinkattn import _core
 
 
@@ -56,9 +60,13 @@ def attend(q, k, v, *, causal=True, window=None, sinks=0, sink_logits=None, sink
     >>> attend(q, k, v, window=4, sinks=1).shape
     (1, 2, 8, 16)
     """
-    return _core.attend(q, k, v, causal, window, sinks, sink_logits, sink_bias, sink_q, sink_kv,
-                        scale, softcap, alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q,
-                        cu_seqlens_k, out, return_lse, return_mass, mass_reduce, mass_queries)
+    call = _core.attend
+    if (type(q) is not _ndarray and "torch" in _modules
+            and _modules["torch"].compiler.is_dynamo_compiling()):  # which cannot look into C
+        from sinkattn.torch import attend_in_order as call
+    return call(q, k, v, causal, window, sinks, sink_logits, sink_bias, sink_q, sink_kv, scale,
+                softcap, alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k, out,
+                return_lse, return_mass, mass_reduce, mass_queries)
 
 
 def merge(outs, lses):
