@@ -47,9 +47,11 @@ def attend(q, k, v, *, causal=True, window=None, sinks=0, sink_logits=None, sink
     On CUDA the work goes to the caller's current stream and nothing waits; values of arrays there
     (lengths and the like) are clamped, not checked, unless SINKATTN_CHECK=1.
 
-    Raises TypeError and ValueError with the argument's name, NotImplementedError for other devices
-    and for tensors that require grad (there are no gradients yet; under ``torch.no_grad()`` they
-    pass), RuntimeError with the driver's text where CUDA fails.
+    Torch tensors that require grad get their gradients: the call then goes to the operator of
+    `sinkattn.torch`, which says more, as it does under torch.compile, autocast and vmap.
+
+    Raises TypeError and ValueError with the argument's name, NotImplementedError for other devices,
+    RuntimeError with the driver's text where CUDA fails.
 
     Method: pinned tokens and window from Xiao et al., "Efficient Streaming Language Models with
     Attention Sinks" (arXiv 2309.17453); sink logits as in the gpt-oss model card; one pass with

@@ -10,7 +10,7 @@ import operator
 import numpy as np
 import torch
 
-from . import schema, transforms
+from . import transforms
 
 __all__ = ["attend"]
 
@@ -44,11 +44,10 @@ def attend_in_order(q, k, v, causal, window, sinks, sink_logits, sink_bias, sink
         _check_tensor(name, tensor)
     window, windows = _window(window)
     sink_k, sink_v = (None, None) if sink_kv is None else _pair(sink_kv)
-    call = transforms.attend if transforms.at_work() else schema.attend
-    results = call(
+    results = transforms.attend(
         q, k, v, _truth("causal", causal), window, windows, _integer("sinks", sinks),
-        _array("sink_logits", sink_logits), _array("sink_bias", sink_bias), _array("sink_q", sink_q),
-        _array("sink_kv[0]", sink_k), _array("sink_kv[1]", sink_v),
+        _array("sink_logits", sink_logits), _array("sink_bias", sink_bias),
+        _array("sink_q", sink_q), _array("sink_kv[0]", sink_k), _array("sink_kv[1]", sink_v),
         _number("scale", scale), _number("softcap", softcap), _array("alibi_slopes", alibi_slopes),
         _array("starts", starts), _array("lengths", lengths), _array("q_lengths", q_lengths),
         _array("cu_seqlens_q", cu_seqlens_q), _array("cu_seqlens_k", cu_seqlens_k),
@@ -67,6 +66,8 @@ def _check_tensor(name, value):
     if value.device.type not in _DEVICES:
         raise NotImplementedError(f"attend(): {name} is on {value.device}; the backends are: cpu, "
                                   f"cuda")
+    if value.layout is not torch.strided:
+        raise ValueError(f"attend(): {name} is sparse ({value.layout}), expected dense memory")
 
 
 def _window(window):
@@ -88,7 +89,8 @@ def _pair(sink_kv):
 
 
 def _array(name, value):
-    """Numbers of the host become a tensor there, which a call carries to a device without waiting."""
+    """Numbers of the host become a tensor there, which a call carries to a device, waiting for
+    nothing."""
     if value is None or isinstance(value, torch.Tensor):
         return value
     if isinstance(value, bool):
@@ -113,12 +115,9 @@ def _number(name, value):
     if isinstance(value, torch.Tensor) and value.requires_grad:
         raise NotImplementedError(
             f"attend(): {name} requires grad, and it has no gradient: pass a float")
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"attend(): {name} is bool, expected a number")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"attend(): {name} is {type(value).__name__}, expected a number") from None
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__float__"):
+        raise TypeError(f"attend(): {name} is {type(value).__name__}, expected a number")
+    return float(value)
 
 
 def _truth(name, value):
@@ -140,7 +139,7 @@ def _written(out, result):
         raise NotImplementedError("attend(): out cannot be given where a tensor requires grad: "
                                   "leave it out, or call under torch.no_grad()")
     if out.shape != result.shape or out.dtype != result.dtype or out.device != result.device:
-        raise ValueError(f"attend(): out is {out.dtype} {list(out.shape)} on {out.device}, expected "
-                         f"{result.dtype} {list(result.shape)} on {result.device}")
+        raise ValueError(f"attend(): out is {out.dtype} {list(out.shape)} on {out.device}, "
+                         f"expected {result.dtype} {list(result.shape)} on {result.device}")
     out.copy_(result)
     return out

@@ -1,4 +1,4 @@
-"""torch.vmap over the operators: the new axis becomes part of the batch, wherever rows stay rows."""
+"""torch.vmap over the operators: the new axis joins the batch, wherever rows stay rows."""
 
 import torch
 

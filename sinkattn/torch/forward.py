@@ -28,6 +28,9 @@ library.impl("attend", kernel, "CUDA")
 def shapes(q, k, v, *rest):
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         torch._check(tensor.dim() == 4, lambda name=name: f"attend(): {name} needs 4 dimensions")
+        if tensor.device != q.device:
+            raise ValueError(f"attend(): {name} is on {tensor.device}, expected {q.device} (the "
+                             f"device of q)")
     asked = len(rest) > len(KEYWORDS) and rest[len(KEYWORDS)]
     return (q.new_empty((*q.shape[:3], v.shape[3])),
             q.new_empty(q.shape[:3], dtype=torch.float32),
@@ -79,20 +82,24 @@ torch.library.register_autograd("sinkattn::attend", backward, setup_context=reme
 _CAST = ("q", "k", "v", "sink_q", "sink_k", "sink_v")  # logits and bias stay as they are
 
 
-def register_autocast(device):
-    """q, k, v and what stands in their place are cast, as scaled_dot_product_attention does."""
-    def cast(*arguments):
-        given = schema.bind(schema.attend, arguments)
-        dtype = torch.get_autocast_dtype(device)
-        for name in _CAST:
-            tensor = given[name]
-            if (tensor is not None and tensor.is_floating_point()
-                    and tensor.dtype != torch.float64 and tensor.device.type == device):
-                given[name] = tensor.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return schema.attend(*given.values())
+def cast(device, arguments):
+    """q, k, v and what stands in their place, as scaled_dot_product_attention casts them."""
+    given = schema.bind(schema.attend, arguments)
+    dtype = torch.get_autocast_dtype(device)
+    for name in _CAST:
+        tensor = given[name]
+        if (tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+                and tensor.device.type == device):
+            given[name] = tensor.to(dtype)
+    return given.values()
 
-    library.impl("attend", cast, f"Autocast{device.upper()}")
+
+def register_autocast(device):
+    def rule(*arguments):
+        with torch.autocast(device, enabled=False):
+            return schema.attend(*cast(device, arguments))
+
+    library.impl("attend", rule, f"Autocast{device.upper()}")
 
 
 register_autocast("cpu")

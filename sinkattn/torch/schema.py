@@ -1,4 +1,4 @@
-"""The operators as torch sees them: names, arguments, and what each argument is to a transformation.
+"""The operators as torch sees them: names, arguments, and which of these have gradients.
 
 Every operator takes all its arguments by position: torch's path for keywords costs as much as a
 tiny call. Optional pairs are two tensors, and `window` is a number (`window`) or one for each head
