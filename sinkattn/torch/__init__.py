@@ -53,7 +53,7 @@ def attend_in_order(q, k, v, causal, window, sinks, sink_logits, sink_bias, sink
         _array("cu_seqlens_q", cu_seqlens_q), _array("cu_seqlens_k", cu_seqlens_k),
         _truth("return_mass", return_mass), _reduction(mass_reduce),
         _integer("mass_queries", mass_queries))
-    first = results[0] if out is None else _written(out, results[0])
+    first = results[0] if out is None else _written(out, results[0], q)
     if _truth("return_lse", return_lse):
         return (first, *results[1:]) if return_mass else (first, results[1])
     return (first, results[2]) if return_mass else first
@@ -132,13 +132,15 @@ def _reduction(value):
     return value
 
 
-def _written(out, result):
-    """Into the caller's tensor, which no gradient can follow."""
+def _written(out, result, q):
+    """Into the caller's tensor, of the dtype of q also where autocast cast q; no gradient can follow
+    it there."""
     _check_tensor("out", out)
     if torch.is_grad_enabled() and (result.requires_grad or out.requires_grad):
         raise NotImplementedError("attend(): out cannot be given where a tensor requires grad: "
                                   "leave it out, or call under torch.no_grad()")
-    if out.shape != result.shape or out.dtype != result.dtype or out.device != result.device:
+    if (out.shape != result.shape or out.dtype not in (q.dtype, result.dtype)
+            or out.device != result.device):
         raise ValueError(f"attend(): out is {out.dtype} {list(out.shape)} on {out.device}, "
                          f"expected {result.dtype} {list(result.shape)} on {result.device}")
     out.copy_(result)

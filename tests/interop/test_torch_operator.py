@@ -379,6 +379,9 @@ def test_out():
         assert attend(y, x, x, out=into) is into
     again = ours.attend(x, x, x, out=torch.empty_like(x))
     torch.testing.assert_close(again, into, rtol=0, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attend(x, x, x, out=again)
+    torch.testing.assert_close(again, into, rtol=0.02, atol=0.02)
     with pytest.raises(ValueError, match=r"out is torch.float32 \[1, 2, 9, 4\] on cpu, expected"):
         ours.attend(x, x, x, out=torch.empty(1, 2, 9, 4))
 
