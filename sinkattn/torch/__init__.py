@@ -133,8 +133,8 @@ def _reduction(value):
 
 
 def _written(out, result, q):
-    """Into the caller's tensor, of the dtype of q also where autocast cast q; no gradient can follow
-    it there."""
+    """Into the caller's tensor, of the dtype of q also where autocast cast q. No gradient can
+    follow it there."""
     _check_tensor("out", out)
     if torch.is_grad_enabled() and (result.requires_grad or out.requires_grad):
         raise NotImplementedError("attend(): out cannot be given where a tensor requires grad: "
