@@ -52,6 +52,16 @@ def _cuda_memory(size, ordinal):
     return torch.empty(size, dtype=torch.uint8, device=f"cuda:{ordinal}")
 
 
+def core_of(config, ordinal, storage, keep=False):
+    """The cache of the core, on a CUDA device or (None) the CPU, in `storage` or in memory of its
+    own. keep: what another cache of the same configuration left in the storage counts."""
+    if ordinal is None:
+        return _core.Cache(*config, storage, keep)
+    return _core.CudaCache(
+        *config, ordinal, lambda size, first: storage if first and storage is not None
+        else _cuda_memory(size, ordinal), keep)
+
+
 class SinkCache:
     """Pinned sink tokens and a ring of the last `window` tokens, attended in place.
 
@@ -62,9 +72,9 @@ class SinkCache:
     dtype : "float32", "float16" or "bfloat16" (or the dtype object), of all that is passed in.
     device : "cpu", "cuda" or "cuda:1". On CUDA the lengths live on the device, so that a captured
         call replays; reading `length` or `kept()`, `crop` and `state_dict` wait for the stream.
-    storage : CUDA array that the cache shall live in: `nbytes`, 8 for each frequency of the rope,
-        68 for each row and kv head, and 2 KiB. Default: from torch's allocator if torch is
-        imported, else from the driver.
+    storage : array that the cache shall live in: `nbytes`, 8 for each frequency of the rope, 68 for
+        each row and kv head, and 2 KiB. It is emptied. Default: memory of its own; on CUDA from
+        torch's allocator if torch is imported, else from the driver.
     rope : Rope or None. applied=False: q and k arrive raw and the cache turns them, with angles
         in float64; applied=True: they arrive turned to their absolute position.
     positions : "slot" counts distances to the pinned tokens in slots of the cache, as StreamingLLM
@@ -89,8 +99,6 @@ class SinkCache:
                  dtype="float32", device="cpu", rope=None, positions="slot", rollback=0,
                  storage=None):
         self._ordinal = _cuda_ordinal(device)
-        if storage is not None and self._ordinal is None:
-            raise ValueError("SinkCache(): storage is for CUDA, expected None on the CPU")
         if positions not in ("slot", "original"):
             raise ValueError(
                 f"SinkCache(): positions is {positions!r}, expected 'slot' or 'original'")
@@ -110,17 +118,10 @@ class SinkCache:
     def _make(self, storage):
         rope = self._rope
         inv_freq = b"" if rope is None else rope.inv_freq.tobytes()
-        arguments = (*self._numbers.values(), self._dtype, inv_freq,
-                     1.0 if rope is None else rope.attention_scaling,
-                     rope is not None and rope.interleaved, rope is not None and rope.applied,
-                     self._positions == "slot")
-        if self._ordinal is None:
-            return _core.Cache(*arguments)
-        ordinal = self._ordinal
-        return _core.CudaCache(
-            *arguments, ordinal,
-            lambda size, first: storage if first and storage is not None
-            else _cuda_memory(size, ordinal))
+        return core_of((*self._numbers.values(), self._dtype, inv_freq,
+                        1.0 if rope is None else rope.attention_scaling,
+                        rope is not None and rope.interleaved, rope is not None and rope.applied,
+                        self._positions == "slot"), self._ordinal, storage)
 
     def attend(self, q, k, v, *, new_lengths=None, sink_logits=None, sink_bias=None, sink_kv=None,
                scale=None, softcap=None, alibi_slopes=None, out=None, return_lse=False,
