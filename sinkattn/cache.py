@@ -113,15 +113,24 @@ class SinkCache:
         for name, value in self._numbers.items():
             if not -2**63 <= value < 2**63:
                 raise ValueError(f"SinkCache(): {name} does not fit 64 bits")
-        self._core = self._make(storage)
+        self._core = core_of(self._config(), self._ordinal, storage)
 
-    def _make(self, storage):
+    def _config(self):
+        """As the core takes it."""
         rope = self._rope
         inv_freq = b"" if rope is None else rope.inv_freq.tobytes()
-        return core_of((*self._numbers.values(), self._dtype, inv_freq,
-                        1.0 if rope is None else rope.attention_scaling,
-                        rope is not None and rope.interleaved, rope is not None and rope.applied,
-                        self._positions == "slot"), self._ordinal, storage)
+        return (*self._numbers.values(), self._dtype, inv_freq,
+                1.0 if rope is None else rope.attention_scaling,
+                rope is not None and rope.interleaved, rope is not None and rope.applied,
+                self._positions == "slot")
+
+    def _storage_bytes(self, batch):
+        """What `storage` must hold for so many rows."""
+        n = self._numbers
+        slots = n["sinks"] + n["window"] + n["rollback"]
+        row = slots * (n["head_dim"] + n["v_head_dim"]) * (4 if self._dtype == "float32" else 2)
+        pairs = 0 if self._rope is None else len(self._rope.inv_freq)
+        return batch * (n["kv_heads"] * (row + 68) + 16) + 8 * pairs + 2048
 
     def attend(self, q, k, v, *, new_lengths=None, sink_logits=None, sink_bias=None, sink_kv=None,
                scale=None, softcap=None, alibi_slopes=None, out=None, return_lse=False,

@@ -28,8 +28,19 @@ library.define(
     "Tensor dsink_logits, Tensor dsink_bias, Tensor dsink_q, Tensor dsink_k, Tensor dsink_v)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
 
+# The state of the cache is all in `storage`, and it is what changes; see cache.py.
+library.define(
+    "cache_attend(Tensor(a!) storage, Tensor q, Tensor k, Tensor v, SymInt[] numbers, str dtype, "
+    "Tensor? inv_freq, float attention_scaling, bool interleaved, bool applied, bool slot, "
+    "Tensor? new_lengths=None, Tensor? sink_logits=None, Tensor? sink_bias=None, "
+    "Tensor? sink_k=None, Tensor? sink_v=None, float? scale=None, float? softcap=None, "
+    "Tensor? alibi_slopes=None, bool return_mass=False) "
+    "-> (Tensor out, Tensor lse, Tensor mass)",
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+
 attend = torch.ops.sinkattn.attend.default
 attend_backward = torch.ops.sinkattn.attend_backward.default
+cache_attend = torch.ops.sinkattn.cache_attend.default
 
 KEYWORDS = tuple(word.split()[1].partition("=")[0] for word in _KEYWORDS.split(", "))
 DIFFERENTIABLE = ("q", "k", "v", "sink_logits", "sink_bias", "sink_q", "sink_k", "sink_v")
