@@ -35,21 +35,28 @@ def attend_in_order(q, k, v, causal, window, sinks, sink_logits, sink_bias, sink
                     softcap, alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k,
                     out, return_lse, return_mass, mass_reduce, mass_queries):
     """The positional form, as the core has it."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_tensor(f"attend(): {name}", tensor)
     window, windows = arguments.window("attend(): window", window)
     sink_k, sink_v = arguments.pair("attend(): sink_kv", sink_kv)
-    results = transforms.attend(
+    given = (
         q, k, v, truth("attend(): causal", causal), window, windows,
-        integer("attend(): sinks", sinks), array("attend(): sink_logits", sink_logits),
-        array("attend(): sink_bias", sink_bias), array("attend(): sink_q", sink_q), sink_k, sink_v,
+        integer("attend(): sinks", sinks), _array("sink_logits", sink_logits),
+        _array("sink_bias", sink_bias), _array("sink_q", sink_q), sink_k, sink_v,
         number("attend(): scale", scale), number("attend(): softcap", softcap),
-        array("attend(): alibi_slopes", alibi_slopes), array("attend(): starts", starts),
-        array("attend(): lengths", lengths), array("attend(): q_lengths", q_lengths),
-        array("attend(): cu_seqlens_q", cu_seqlens_q),
-        array("attend(): cu_seqlens_k", cu_seqlens_k), truth("attend(): return_mass", return_mass),
+        _array("alibi_slopes", alibi_slopes), _array("starts", starts), _array("lengths", lengths),
+        _array("q_lengths", q_lengths), _array("cu_seqlens_q", cu_seqlens_q),
+        _array("cu_seqlens_k", cu_seqlens_k), truth("attend(): return_mass", return_mass),
         arguments.reduction("attend(): mass_reduce", mass_reduce),
         integer("attend(): mass_queries", mass_queries))
+    try:
+        results = transforms.attend(given)
+    except Exception:  # torch's own words name no argument; looked at only now, for speed
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            check_tensor(f"attend(): {name}", tensor)
+        raise
     out = results[0] if out is None else arguments.written("attend(): out", out, results[0], q)
     return arguments.chosen(out, *results[1:], truth("attend(): return_lse", return_lse),
                             return_mass)
+
+
+def _array(name, value):
+    return value if value is None else array(f"attend(): {name}", value)

@@ -74,7 +74,9 @@ def number(name, value):
 
 
 def truth(name, value):
-    if isinstance(value, (bool, int, np.bool_)):
+    if value is True or value is False:
+        return value
+    if isinstance(value, (int, np.bool_)):
         return bool(value)
     raise TypeError(f"{name} is {type(value).__name__}, expected a bool")
 

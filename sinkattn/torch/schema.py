@@ -56,17 +56,3 @@ def bind(operator, arguments):
               for argument in operator._schema.arguments}
     values.update(zip(values, arguments))
     return values
-
-
-def core_keywords(causal=True, window=None, windows=None, sinks=0, sink_logits=None,
-                  sink_bias=None, sink_q=None, sink_k=None, sink_v=None, scale=None, softcap=None,
-                  alibi_slopes=None, starts=None, lengths=None, q_lengths=None, cu_seqlens_q=None,
-                  cu_seqlens_k=None):
-    """KEYWORDS of the schema -> the arguments of the core, in its order."""
-    if windows is not None:
-        if window is not None:
-            raise ValueError("attend(): window and windows are both given, expected one of them")
-        window = windows
-    pair = None if sink_k is None and sink_v is None else (sink_k, sink_v)
-    return (causal, window, sinks, sink_logits, sink_bias, sink_q, pair, scale, softcap,
-            alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k)
