@@ -2,8 +2,10 @@
 
 attend      attention with pinned tokens, a window, and every kind of sink
 SinkCache   a stream in bounded memory: pinned tokens and a ring of recent ones
+KVCache     a stream in a budget, evicted by a policy of sinkattn.policy
 Rope        rotary positions for a cache
 merge       joins attention over disjoint keys
+attend_backward   the gradients of attend
 
 docs/semantics.md defines what is computed; `sinkattn.reference` states it in NumPy.
 """
@@ -14,51 +16,25 @@ from pkgutil import extend_path
 # which has the compiled core: both belong to the package.
 __path__ = extend_path(__path__, __name__)
 
+from sinkattn import policy
 from sinkattn.cache import SinkCache
 from sinkattn.config import __version__, get_num_threads, set_num_threads, show_config
-from sinkattn.functional import attend, merge
-from sinkattn.kv_cache import KVCache
+from sinkattn.functional import attend, attend_backward, merge
+from sinkattn.kv_cache import KVCache, pyramid
 from sinkattn.ledger import Ledger
-from sinkattn.policy import (
-    CUR,
-    H2O,
-    H2OEMA,
-    TOVA,
-    Custom,
-    H2ONorm,
-    KeyDiff,
-    KNorm,
-    Random,
-    Scissorhands,
-    SinkWindow,
-    SnapKV,
-    VLengthH2O,
-    pyramid,
-)
 from sinkattn.rope import Rope
 
 __all__ = [
-    "CUR",
-    "H2O",
-    "H2OEMA",
-    "TOVA",
-    "Custom",
-    "H2ONorm",
-    "KNorm",
     "KVCache",
-    "KeyDiff",
     "Ledger",
-    "Random",
     "Rope",
-    "Scissorhands",
     "SinkCache",
-    "SinkWindow",
-    "SnapKV",
-    "VLengthH2O",
     "__version__",
     "attend",
+    "attend_backward",
     "get_num_threads",
     "merge",
+    "policy",
     "pyramid",
     "set_num_threads",
     "show_config",

@@ -5,7 +5,7 @@ import numpy as np
 from sinkattn import _core
 from sinkattn.cache import check_described, describe_rope, dtype_name, field, integer, row_mask
 from sinkattn.ledger import Ledger, head_ledger
-from sinkattn.policy import H2O, Policy
+from sinkattn.policy import H2O, Policy, number
 from sinkattn.rope import Rope
 
 _STATE_VERSION = 1
@@ -17,7 +17,7 @@ class KVCache:
     """Keys and values of a stream in a budget of tokens, evicted by a policy.
 
     batch, kv_heads, head_dim, v_head_dim : int. v_head_dim defaults to head_dim.
-    policy : a `sinkattn.policy` object; the tokens with its lowest scores leave.
+    policy : an object of `sinkattn.policy`, default H2O(); the tokens with its lowest scores leave.
     budget : int, tokens that each kv head of each row keeps; an int array [kv_heads], one for each
         head, which then has no more slots than that; or a float, the share of the tokens seen that
         is kept (memory then grows with the stream). At least sinks + recent.
@@ -48,7 +48,7 @@ class KVCache:
 
     def __init__(self, batch, kv_heads, head_dim, *, policy=None, budget=1024, sinks=4, recent=64,
                  every=1, chunk=128, v_head_dim=None, dtype="float32", device="cpu", rope=None,
-                 positions="original", track_mass=True, log=256):
+                 positions="original", track_mass=True, log=64):
         policy = H2O() if policy is None else policy
         if not isinstance(policy, Policy):
             raise TypeError(f"KVCache(): policy is {type(policy).__name__}, expected a policy, as "
@@ -226,3 +226,27 @@ class KVCache:
                 f"policy={self._policy!r}, budget={budget}, sinks={n['sinks']}, "
                 f"recent={n['recent']}, every={n['every']}, dtype={self._dtype}, "
                 f"positions={self._positions}, device=cpu, {self.nbytes} bytes)")
+
+
+def pyramid(layers, budget, *, beta=20.0, reserved=0):
+    """Budgets for the layers of a model that fall from the first to the last: a list of ints.
+
+    They sum to layers * budget. What lies above `reserved` (sinks + recent, which every layer
+    needs) falls linearly to 1 / beta of its mean; beta=1 gives every layer the same. Source: Cai
+    et al., "PyramidKV", arXiv 2406.02069 (beta 20).
+    """
+    layers, budget = integer("layers", layers, "pyramid"), integer("budget", budget, "pyramid")
+    reserved, beta = integer("reserved", reserved, "pyramid"), number("beta", beta, "pyramid")
+    if layers < 1 or reserved < 0 or budget < reserved:
+        raise ValueError(f"pyramid(): layers is {layers}, budget {budget} and reserved {reserved}, "
+                         "expected at least 1 layer and budget >= reserved >= 0")
+    if beta < 1:
+        raise ValueError(f"pyramid(): beta is {beta}, expected at least 1")
+    mean = budget - reserved
+    least = mean / beta
+    exact = [2 * mean - least - 2 * (mean - least) * layer / max(layers - 1, 1)
+             for layer in range(layers)] if layers > 1 else [float(mean)]
+    down = [int(x) for x in exact]
+    short = layers * mean - sum(down)
+    first = sorted(range(layers), key=lambda layer: (down[layer] - exact[layer], layer))[:short]
+    return [reserved + x + (layer in first) for layer, x in enumerate(down)]

@@ -12,6 +12,9 @@ import numbers
 
 from sinkattn.cache import integer
 
+__all__ = ["CUR", "H2O", "H2OEMA", "TOVA", "Custom", "H2ONorm", "KNorm", "KeyDiff", "Policy",
+           "Random", "Scissorhands", "SinkWindow", "SnapKV", "VLengthH2O"]
+
 
 def number(name, value, owner):
     """A real number as a float; bool is none."""
@@ -235,27 +238,3 @@ class Custom(Policy):
 
     def __repr__(self):
         return f"Custom({getattr(self.fn, '__name__', type(self.fn).__name__)})"
-
-
-def pyramid(layers, budget, *, beta=20.0, reserved=0):
-    """Budgets for the layers of a model that fall from the first to the last: a list of ints.
-
-    They sum to layers * budget. What lies above `reserved` (sinks + recent, which every layer
-    needs) falls linearly to 1 / beta of its mean; beta=1 gives every layer the same. Source: Cai
-    et al., "PyramidKV", arXiv 2406.02069 (beta 20).
-    """
-    layers, budget = integer("layers", layers, "pyramid"), integer("budget", budget, "pyramid")
-    reserved, beta = integer("reserved", reserved, "pyramid"), number("beta", beta, "pyramid")
-    if layers < 1 or reserved < 0 or budget < reserved:
-        raise ValueError(f"pyramid(): layers is {layers}, budget {budget} and reserved {reserved}, "
-                         "expected at least 1 layer and budget >= reserved >= 0")
-    if beta < 1:
-        raise ValueError(f"pyramid(): beta is {beta}, expected at least 1")
-    mean = budget - reserved
-    least = mean / beta
-    exact = [2 * mean - least - 2 * (mean - least) * layer / max(layers - 1, 1)
-             for layer in range(layers)] if layers > 1 else [float(mean)]
-    down = [int(x) for x in exact]
-    short = layers * mean - sum(down)
-    first = sorted(range(layers), key=lambda layer: (down[layer] - exact[layer], layer))[:short]
-    return [reserved + x + (layer in first) for layer, x in enumerate(down)]

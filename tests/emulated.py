@@ -15,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = ROOT / "tests/c/device"
-KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass")
+KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass", "merge")
 NUMBER_TYPES = {"float32": 0, "float16": 1, "float64": 3, "int32": 6, "int64": 7}
 I32, I64, F64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -78,8 +78,8 @@ SMALL = Facts(89, 142, 101376, 0)  # one warp a block where depth is 256
 def build(folder):
     """Compiles the kernels into a library under `folder`."""
     compiler = shutil.which("g++")
-    for source in (*ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/cuda/*.h"),
-                   ROOT / "csrc/cuda/choose.c", *ROOT.glob("csrc/core/*.h")):
+    for source in (*ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/cuda/*.[ch]"),
+                   *ROOT.glob("csrc/core/*.h"), ROOT / "csrc/sinkattn.h"):
         target = folder / source.relative_to(ROOT / "csrc")
         target.parent.mkdir(exist_ok=True)
         shutil.copy(source, target)
@@ -97,7 +97,7 @@ def build(folder):
         subprocess.run(command, cwd=folder / "cuda", check=True)
         return f"{name}.o"
 
-    names = ["choose.c", "device.cpp", *(f"{name}.cpp" for name in KERNELS)]
+    names = ["choose.c", "merge.c", "device.cpp", "calls.cpp", *(f"{name}.cpp" for name in KERNELS)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, names))
     subprocess.run([compiler, "-shared", *objects, "-o", "kernels.so", "-lm"],
@@ -126,6 +126,32 @@ def _numbers(array, axes=(0, None)):
 
 def _dtype(array):
     return {"float32": 0, "float16": 1, "bfloat16": 2}[array.dtype.name]
+
+
+class HostTensor(ctypes.Structure):
+    """sa_tensor of csrc/sinkattn.h."""
+
+    _fields_ = [("data", POINTER), ("shape", I64 * 4), ("stride", I64 * 4), ("rank", ctypes.c_int),
+                ("dtype", ctypes.c_int), ("readonly", ctypes.c_bool)]
+
+    @classmethod
+    def of(cls, array):
+        return cls(array.ctypes.data, (I64 * 4)(*array.shape),
+                   (I64 * 4)(*(s // array.itemsize for s in array.strides)), array.ndim,
+                   _dtype(array))
+
+
+def merge(library, outs, lses):
+    """`sinkattn.merge` by the host's half and the kernel of the device."""
+    parts = (HostTensor * 2 * len(outs))(*((HostTensor.of(o), HostTensor.of(x))
+                                           for o, x in zip(outs, lses)))
+    out, lse = np.empty(outs[0].shape, outs[0].dtype), np.empty(lses[0].shape, np.float32)
+    library.sa_cuda_merge_bytes.restype = I64
+    memory = np.empty(library.sa_cuda_merge_bytes(I64(len(outs))), np.uint8)
+    status = library.sa_cuda_merge(b"merge", 0, parts, I64(len(outs)), *(
+        POINTER(x.ctypes.data) for x in (out, lse, memory)), None)
+    assert status == 0
+    return out, lse
 
 
 class Call:

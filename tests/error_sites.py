@@ -15,7 +15,7 @@ from pathlib import Path
 from on_device import has_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ("cache.py", "config.py", "functional.py", "rope.py")  # commands speak to a person instead
+PACKAGE = ("cache.py", "config.py", "functional.py", "kv_cache.py", "policy.py", "rope.py")  # commands speak to a person instead
 STRING = r'"((?:[^"\\]|\\.)*)"'
 FORMAT = rf"((?:{STRING}|PRI\w64|\s)+)"
 NEEDS_GPU = ("csrc/cuda/", "csrc/python/bind_cuda_cache.c", "csrc/python/device.c")
@@ -23,7 +23,7 @@ SILENT = {"interrupted": "Python's own KeyboardInterrupt is raised in its place:
           "has a loop for this kind": "met by the bench's tests where the processor has no bf16 dot product",
           "too many arrays in one call": "two for each argument are fewer than there is room for",
           "__cuda_array_interface__": "says that there is no such attribute, to whoever asks for it",
-          "; the backends that have merge are: cpu": "needs a GPU"}
+          "; the backends that have gradients are: cpu": "needs a GPU"}
 
 
 def pattern_of(form):

@@ -1,5 +1,5 @@
 """The suite on CUDA: wrappers that take and give NumPy arrays (or torch tensors of the CPU) and run
-`attend` and `SinkCache` on torch tensors of the device. The tests stay as they are."""
+`attend`, `merge` and `SinkCache` on torch tensors of the device. The tests stay as they are."""
 
 import numpy as np
 
@@ -97,11 +97,14 @@ def _run(function, q, k, v, numbers, keywords):
 
 
 def wrappers(numbers):
-    """attend and SinkCache for the device; `numbers`: auxiliary arrays go there too."""
-    attend_there, cache_there = sinkattn.attend, sinkattn.SinkCache
+    """attend, merge and SinkCache for the device; `numbers`: auxiliary arrays go there too."""
+    attend_there, cache_there, merge_there = sinkattn.attend, sinkattn.SinkCache, sinkattn.merge
 
     def attend(q, k, v, **keywords):
         return _run(attend_there, q, k, v, numbers, keywords)
+
+    def merge(outs, lses):
+        return to_host(merge_there([to_device(x) for x in outs], [to_device(x) for x in lses]), outs[0])
 
     class SinkCache:
         def __init__(self, *arguments, **keywords):
@@ -124,4 +127,4 @@ def wrappers(numbers):
         def __getattr__(self, name):
             return getattr(self._cache, name)
 
-    return {"attend": attend, "SinkCache": SinkCache}
+    return {"attend": attend, "merge": merge, "SinkCache": SinkCache}

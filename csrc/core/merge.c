@@ -22,36 +22,65 @@ static void store(sa_dtype dtype, void *data, int64_t i, double value)
     }
 }
 
-static double join(const float *const *lses, int64_t parts, int64_t row)
+/* Elements from the first to row `row` of the first `axes` axes. */
+static int64_t offset_of(const sa_tensor *tensor, int axes, int64_t row)
+{
+    int64_t offset = 0;
+    for (int axis = axes - 1; axis >= 0; axis--) {
+        offset += row % tensor->shape[axis] * tensor->stride[axis];
+        row /= tensor->shape[axis];
+    }
+    return offset;
+}
+
+static double lse_at(const sa_part *part, int64_t row)
+{
+    return (double)((const float *)part->lse.data)[offset_of(&part->lse, part->lse.rank, row)];
+}
+
+static double join(const sa_part *parts, int64_t count, int64_t row)
 {
     double largest = -INFINITY, sum = 0.0;
-    for (int64_t part = 0; part < parts; part++) {
-        const double lse = (double)lses[part][row];
+    for (int64_t i = 0; i < count; i++) {
+        const double lse = lse_at(&parts[i], row);
         largest = lse > largest || isnan(lse) ? lse : largest;
     }
     if (!isfinite(largest)) {
         return largest;
     }
-    for (int64_t part = 0; part < parts; part++) {
-        sum += exp((double)lses[part][row] - largest);
+    for (int64_t i = 0; i < count; i++) {
+        sum += exp(lse_at(&parts[i], row) - largest);
     }
     return largest + log(sum);
 }
 
-void sa_merge(const void *const *outs, const float *const *lses, int64_t parts, int64_t rows, int64_t depth, sa_dtype dtype, void *out,
-              float *lse)
+static void merge_row(const sa_part *parts, int64_t count, int64_t row, int64_t depth, double joined, double *values)
 {
-    for (int64_t row = 0; row < rows; row++) {
-        const double joined = join(lses, parts, row);
-        double values[256] = {0.0};
-        for (int64_t part = 0; part < parts && !isinf(joined); part++) {
-            const double weight = exp((double)lses[part][row] - joined);
-            for (int64_t d = 0; d < depth && weight != 0.0; d++) {
-                values[d] += weight * load(dtype, outs[part], row * depth + d);
-            }
+    const int axes = parts[0].lse.rank;
+    for (int64_t i = 0; i < count && !isinf(joined); i++) {
+        const sa_tensor *out = &parts[i].out;
+        const double weight = exp(lse_at(&parts[i], row) - joined);
+        const int64_t at = offset_of(out, axes, row);
+        for (int64_t d = 0; d < depth && weight != 0.0; d++) {
+            values[d] += weight * load(out->dtype, out->data, at + d * out->stride[axes]);
         }
+    }
+}
+
+void sa_merge(const sa_part *parts, int64_t count, void *out, float *lse)
+{
+    const sa_tensor *first = &parts[0].out;
+    const int64_t depth = first->shape[first->rank - 1];
+    int64_t rows = 1;
+    for (int axis = 0; axis < first->rank - 1; axis++) {
+        rows *= first->shape[axis];
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        const double joined = join(parts, count, row);
+        double values[256] = {0.0};
+        merge_row(parts, count, row, depth, joined, values);
         for (int64_t d = 0; d < depth; d++) {
-            store(dtype, out, row * depth + d, values[d]);
+            store(first->dtype, out, row * depth + d, values[d]);
         }
         lse[row] = (float)joined;
     }

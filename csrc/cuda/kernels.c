@@ -10,8 +10,7 @@
 
 enum { MAX_KERNELS = 256, MAX_IMAGES = 32 };
 
-static const sa_cuda_kernel own_kernels[] = {{"stage", "stage"}};
-enum { STAGE, OWN_KERNELS };
+static const sa_cuda_kernel own_kernels[SA_OWN_KERNELS] = {[SA_KERNEL_STAGE] = {"stage", "stage"}, [SA_KERNEL_MERGE] = {"merge", "merge"}};
 
 typedef struct library {
     const char *image;
@@ -155,7 +154,7 @@ sa_status sa_device_launch(const char *function, const sa_device_scope *scope, c
 sa_status sa_device_stage(const char *function, const sa_device_scope *scope, void *target, const void *source, int64_t bytes, void *stream)
 {
     sa_stage parameters;
-    const sa_cuda_launch launch = {.kernel = sa_cuda_kernel_count + STAGE, .grid = 1, .block = 256, .cluster = 1};
+    const sa_cuda_launch launch = {.kernel = sa_cuda_kernel_count + SA_KERNEL_STAGE, .grid = 1, .block = 256, .cluster = 1};
     for (int64_t word = 0; word < bytes / 4; word += SA_STAGE_WORDS) {
         parameters.target = (uint32_t *)target + word;
         parameters.count = (int32_t)min_i64(bytes / 4 - word, SA_STAGE_WORDS);
@@ -197,7 +196,7 @@ sa_status sa_device_cluster_limit(const char *function, const sa_device_scope *s
 
 int sa_cuda_kernel_total(void)
 {
-    return sa_cuda_kernel_count + OWN_KERNELS;
+    return sa_cuda_kernel_count + SA_OWN_KERNELS;
 }
 
 const char *sa_cuda_kernel_name(int index)

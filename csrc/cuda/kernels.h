@@ -6,6 +6,8 @@
 
 #include "driver.h"
 
+enum { SA_KERNEL_STAGE, SA_KERNEL_MERGE, SA_OWN_KERNELS }; /* the host's own, behind sa_cuda_kernel_count */
+
 /* `pod` is the kernel's only parameter, passed by value. */
 sa_status sa_device_launch(const char *function, const sa_device_scope *scope, const sa_cuda_launch *launch, void *pod, void *stream);
 

@@ -34,4 +34,9 @@ sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cac
 sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream);
 void sa_cuda_end(const sa_cuda_work *work);
 
+/* sa_merge for arrays of a device. `memory` of the caller: so many bytes, 0 for few parts. */
+int64_t sa_cuda_merge_bytes(int64_t count);
+sa_status sa_cuda_merge(const char *function, int device, const sa_part *parts, int64_t count, void *out, float *lse, void *memory,
+                        void *stream);
+
 #endif

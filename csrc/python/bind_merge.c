@@ -1,87 +1,39 @@
-/* merge: parse -> dense copies -> check -> allocate -> release the GIL -> run -> convert. */
+/* merge: parse -> view -> check -> allocate -> release the GIL -> run -> convert. */
 #include <string.h>
 
+#include "../cuda/work.h"
 #include "device.h"
 
-/* One part, copied dense: it outlives the array that it came from. */
-typedef struct part {
-    sa_tensor out, lse;
-} part;
-
 typedef struct part_list {
-    part *parts;
-    const void **outs;  /* [count] dense [rows, depth] */
-    const float **lses; /* [count] dense [rows] */
-    int64_t count, rows, depth;
+    sa_part *parts;
+    PyObject *kept; /* what the views have borrowed: there may be more of it than a call holds */
+    int64_t count;
 } part_list;
 
 static void free_parts(part_list *list)
 {
-    for (int64_t i = 0; list->parts != NULL && i < list->count; i++) {
-        PyMem_Free(list->parts[i].out.data);
-        PyMem_Free(list->parts[i].lse.data);
-    }
     PyMem_Free(list->parts);
-    PyMem_Free((void *)list->outs);
-    PyMem_Free((void *)list->lses);
+    Py_XDECREF(list->kept);
 }
 
 static int make_parts(part_list *list, Py_ssize_t count)
 {
-    list->parts = PyMem_Calloc((size_t)count, sizeof *list->parts);
-    list->outs = PyMem_Calloc((size_t)count, sizeof *list->outs);
-    list->lses = PyMem_Calloc((size_t)count, sizeof *list->lses);
     list->count = count;
-    if (list->parts == NULL || list->outs == NULL || list->lses == NULL) {
+    list->kept = PyList_New(0);
+    list->parts = list->kept != NULL ? PyMem_Calloc((size_t)count, sizeof *list->parts) : NULL;
+    if (list->kept != NULL && list->parts == NULL) {
         PyErr_NoMemory();
-        return -1;
     }
-    return 0;
+    return list->parts != NULL ? 0 : -1;
 }
 
-/* Points the tensor at a dense copy of its elements. */
-static int make_dense(sa_tensor *tensor)
+static int view_part(sa_call *call, const char *name, PyObject *object, sa_tensor *tensor, sa_like *like, part_list *list)
 {
-    const int64_t size = sa_dtype_size(tensor->dtype);
-    int64_t count = 1;
-    for (int axis = 0; axis < tensor->rank; axis++) {
-        if (__builtin_mul_overflow(count, tensor->shape[axis], &count) || count > PY_SSIZE_T_MAX / size) {
-            count = -1;
-            break;
-        }
+    int failed = sa_view(call, name, object, tensor, like);
+    for (int i = 0; i < call->held_count && failed == 0; i++) {
+        failed = PyList_Append(list->kept, call->held[i]);
     }
-    char *memory = count >= 0 ? PyMem_Malloc((size_t)(count > 0 ? count * size : 1)) : NULL;
-    if (memory == NULL) {
-        tensor->data = NULL;
-        PyErr_NoMemory();
-        return -1;
-    }
-    for (int64_t i = 0; i < count; i++) {
-        int64_t offset = 0, rest = i;
-        for (int axis = tensor->rank - 1; axis >= 0; axis--) {
-            offset += rest % tensor->shape[axis] * tensor->stride[axis];
-            rest /= tensor->shape[axis];
-        }
-        memcpy(memory + i * size, (const char *)tensor->data + offset * size, (size_t)size);
-    }
-    tensor->data = memory;
-    return 0;
-}
-
-static int view_dense(sa_call *call, const char *name, PyObject *object, sa_tensor *tensor, sa_like *like)
-{
-    sa_tensor view;
-    int failed = sa_view(call, name, object, &view, like);
-    if (failed == 0 && sa_is_cuda(call->device)) {
-        PyErr_Format(PyExc_NotImplementedError, "merge(): %s is on cuda:%d; the backends that have merge are: cpu", name,
-                     (int)call->device.device_id);
-        failed = -1;
-    }
-    if (failed == 0) {
-        failed = make_dense(&view);
-        *tensor = view;
-    }
-    sa_call_end(call); /* nothing borrowed is left */
+    sa_call_end(call);
     return failed;
 }
 
@@ -122,25 +74,44 @@ static int parse_parts(sa_call *call, PyObject *outs, PyObject *lses, part_list 
         return -1;
     }
     for (int64_t i = 0; i < count; i++) {
-        part *one = &list->parts[i];
-        if (view_dense(call, "outs", PyList_GET_ITEM(outs, i), &one->out, i == 0 ? like : NULL) < 0 ||
-            view_dense(call, "lses", PyList_GET_ITEM(lses, i), &one->lse, NULL) < 0 || check_part(list, i) < 0) {
+        sa_part *one = &list->parts[i];
+        if (view_part(call, "outs", PyList_GET_ITEM(outs, i), &one->out, i == 0 ? like : NULL, list) < 0 ||
+            view_part(call, "lses", PyList_GET_ITEM(lses, i), &one->lse, NULL, list) < 0 || check_part(list, i) < 0) {
             return -1;
         }
-        list->outs[i] = one->out.data;
-        list->lses[i] = one->lse.data;
     }
-    list->rows = 1;
-    for (int axis = 0; axis < list->parts[0].lse.rank; axis++) {
-        list->rows *= list->parts[0].lse.shape[axis];
-    }
-    list->depth = list->parts[0].out.shape[list->parts[0].out.rank - 1];
     return 0;
+}
+
+static sa_status merge_on_cuda(sa_call *call, const part_list *list, void *out, float *lse, void *memory)
+{
+    SA_TRY(sa_cuda_merge("merge", call->device.device_id, list->parts, list->count, out, lse, memory, call->stream));
+    return sa_settle_streams(call);
+}
+
+static int run(sa_call *call, const part_list *list, const sa_like *like, void *out, float *lse)
+{
+    const bool on_cuda = sa_is_cuda(call->device);
+    const int64_t bytes = on_cuda ? sa_cuda_merge_bytes(list->count) : 0;
+    sa_status status = SA_OK;
+    void *memory = NULL;
+    if (bytes > 0 && sa_new_memory(call, like, bytes, &memory) < 0) {
+        return -1;
+    }
+    Py_BEGIN_ALLOW_THREADS
+        if (on_cuda) {
+            status = merge_on_cuda(call, list, out, lse, memory);
+        } else {
+            sa_merge(list->parts, list->count, out, lse);
+        }
+    Py_END_ALLOW_THREADS
+    sa_raise(status);
+    return status == SA_OK ? 0 : -1;
 }
 
 static PyObject *merge(PyObject *module, PyObject *arguments)
 {
-    sa_call call = {.module = sa_module_of(module), .function = "merge"};
+    sa_call call = {.module = sa_module_of(module), .function = "merge", .device_of = "outs[0]"};
     PyObject *outs, *lses, *out = NULL, *lse = NULL, *answer = NULL;
     part_list list = {0};
     sa_like like;
@@ -152,12 +123,9 @@ static PyObject *merge(PyObject *module, PyObject *arguments)
     const sa_tensor *first = &list.parts[0].out;
     out = sa_new_result(&call, &like, first->dtype, first->rank, first->shape, &out_data);
     lse = out != NULL ? sa_new_result(&call, &like, SA_F32, first->rank - 1, first->shape, &lse_data) : NULL;
-    if (lse == NULL) {
+    if (lse == NULL || run(&call, &list, &like, out_data, lse_data) < 0) {
         goto end;
     }
-    Py_BEGIN_ALLOW_THREADS
-        sa_merge(list.outs, list.lses, list.count, list.rows, list.depth, first->dtype, out_data, lse_data);
-    Py_END_ALLOW_THREADS
     out = sa_finish_result(&call, &like, out);
     lse = sa_finish_result(&call, &like, lse);
     answer = out != NULL && lse != NULL ? PyTuple_Pack(2, out, lse) : NULL;
@@ -165,6 +133,7 @@ end:
     Py_XDECREF(out);
     Py_XDECREF(lse);
     free_parts(&list);
+    sa_call_end(&call);
     return answer;
 }
 

@@ -64,10 +64,14 @@ static int64_t test_refusals(void)
 static int64_t test_merge(void)
 {
     const float one = 1.0f, three = 3.0f, nothing = 7.0f, lses[] = {0.0f, 1.0986123f, -INFINITY};
-    const void *const outs[] = {&one, &three, &nothing};
-    const float *const parts[] = {&lses[0], &lses[1], &lses[2]};
+    const float *const outs[] = {&one, &three, &nothing};
+    sa_part parts[3];
     float out, lse;
-    sa_merge(outs, parts, 3, 1, 1, SA_F32, &out, &lse);
+    for (int i = 0; i < 3; i++) {
+        parts[i].out = (sa_tensor){.data = (void *)(uintptr_t)outs[i], .shape = {1}, .stride = {1}, .rank = 1, .dtype = SA_F32};
+        parts[i].lse = (sa_tensor){.data = (void *)(uintptr_t)&lses[i], .dtype = SA_F32};
+    }
+    sa_merge(parts, 3, &out, &lse);
     EXPECT(fabsf(out - 2.5f) < 1e-6f && fabsf(lse - 1.3862944f) < 1e-6f, "out %g, lse %g", (double)out, (double)lse);
     return 1;
 }

@@ -138,3 +138,32 @@ def test_stream(library, rope, mass):
             assert call.plan.launch_count == 1
         np.testing.assert_array_equal(cache.lengths, exact.length)
         np.testing.assert_array_equal(cache.lows, exact._oldest)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7, 60], ids=lambda n: f"{n} parts")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_merge(library, dtype, parts):
+    """Strides of any kind, depths that are no multiple of a piece, and infinite lse among them."""
+    random = np.random.default_rng([4, parts])
+    for shape in ((2, 3, 5, 24), (3, 7, 33), (6, 1), (16,)):
+        outs = [normal(random, *shape, dtype=dtype) for _ in range(parts)]
+        lses = [np.array(9 * random.standard_normal(shape[:-1]) + 300, np.float32) for _ in range(parts)]
+        for lse in lses:
+            lse[random.random(lse.shape) < 0.3] = -np.inf
+            lse[random.random(lse.shape) < 0.1 / parts] = np.inf
+        for out, lse in zip(outs, lses):
+            out[lse == -np.inf] = np.nan
+        if len(shape) > 2:  # axes exchanged in memory, and a stride in front of the last
+            outs = [np.swapaxes(np.swapaxes(x, 0, 1).copy(), 0, 1) for x in outs]
+            lses = [np.repeat(x, 2, axis=-1)[..., ::2] for x in lses]
+        expected = reference.merge([np.where(x[..., None] > -np.inf, o.astype(float), 0)
+                                    for o, x in zip(outs, lses)], lses)
+        got = emulated.merge(library, outs, lses)
+        assert_close(got[0], expected[0], HALF_RELATIVE.get(dtype, FP32_RELATIVE))
+        assert_lse_close(got[1], expected[1])
+
+
+def test_merge_of_nan_is_nan(library):
+    out, lse = np.ones((2, 8), np.float32), np.zeros(2, np.float32)
+    got = emulated.merge(library, [out, out], [lse, np.array([np.nan, 0], np.float32)])
+    assert np.isnan(got[0][0]).all() and np.isnan(got[1][0]) and (got[0][1] == 1).all()

@@ -74,7 +74,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     void *out = fuzz_memory(p.rows * p.depth, (size_t)sa_dtype_size(p.dtype));
     float *lse = fuzz_memory(p.rows, sizeof *lse);
-    sa_merge((const void *const *)p.outs, (const float *const *)p.lses, p.count, p.rows, p.depth, p.dtype, out, lse);
+    sa_part given[PARTS];
+    for (int64_t i = 0; i < p.count; i++) {
+        given[i].out = (sa_tensor){.data = p.outs[i], .shape = {p.rows, p.depth}, .stride = {p.depth, 1}, .rank = 2, .dtype = p.dtype};
+        given[i].lse = (sa_tensor){.data = p.lses[i], .shape = {p.rows}, .stride = {1}, .rank = 1, .dtype = SA_F32};
+    }
+    sa_merge(given, p.count, out, lse);
     check(&p, out, lse);
     for (int64_t i = 0; i < p.count; i++) {
         free(p.outs[i]);

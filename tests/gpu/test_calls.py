@@ -10,7 +10,7 @@ from inputs.test_refusals import CASES, K, Q, V
 from on_device import to_device, wrappers
 from tolerance import FP32_RELATIVE, HALF_RELATIVE, assert_close, assert_lse_close, relative_error
 
-from sinkattn import attend, reference, show_config
+from sinkattn import attend, merge, reference, show_config
 
 KEYWORDS = [{}, {"window": 40, "sinks": 4}, {"sink_logits": 0.7, "softcap": 3.0},
             {"window": 9, "causal": False, "return_mass": True}]
@@ -89,6 +89,25 @@ def test_results_do_not_depend_on_the_rest_of_the_batch(torch):
     assert torch.equal(attend(q, k, v, window=300, sinks=2, out=torch.full_like(whole, torch.nan)), whole)
     alone = attend(q[2:3], k[2:3], v[2:3], window=300, sinks=2)
     assert relative_error(wide(alone), wide(whole[2:3])) < HALF_RELATIVE["bfloat16"]
+
+
+@pytest.mark.parametrize("count", [1, 5, 60])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_merge_is_that_of_the_cpu(dtype, count, torch):
+    """Strided, odd depths, parts that saw nothing or everything; deterministic."""
+    for shape in ((2, 3, 50, 128), (3, 7, 33), (16,)):
+        outs = [make(torch, *shape, dtype=dtype, seed=i) for i in range(count)]
+        lses = [9 * make(torch, *shape[:-1], dtype="float32", seed=99 + i) for i in range(count)]
+        for i, (out, lse) in enumerate(zip(outs, lses)):
+            lse[torch.rand_like(lse) < 0.2] = -torch.inf
+            lse[torch.rand_like(lse) < 0.05 / count] = torch.inf
+            out[lse == -torch.inf] = torch.nan
+            if len(shape) == 4:
+                outs[i] = out.transpose(1, 2).contiguous().transpose(1, 2)
+        got, expected = merge(outs, lses), merge([x.cpu() for x in outs], [x.cpu() for x in lses])
+        assert_close(wide(got[0]), wide(expected[0]), 2 * HALF_RELATIVE.get(dtype, FP32_RELATIVE))
+        assert_lse_close(wide(got[1]), wide(expected[1]))
+        assert all(torch.equal(a, b) for a, b in zip(got, merge(outs, lses)))
 
 
 def test_every_auxiliary_dtype_of_the_device(torch):

@@ -111,6 +111,23 @@ assert attend(D, D, D, out=into) is into
 
 
 @BUILT
+def test_merge_launches_once_and_tables_of_many_parts_go_first(fake):
+    """More parts than a call holds references for are kept all the same."""
+    run("""
+lse = Device(np.zeros(X.shape[:3], np.float32))
+for count, stages in (1, 0), (48, 0), (49, 2), (200, 5):
+    before = dict(sinkattn.show_config()["cuda_launches"])
+    out, joined = sinkattn.merge([Device(X) for _ in range(count)], [lse] * count)
+    assert out.__cuda_array_interface__["shape"] == X.shape and joined.__cuda_array_interface__["shape"] == X.shape[:3]
+    after = sinkattn.show_config()["cuda_launches"]
+    assert after["merge"] == before.get("merge", 0) + 1
+    assert after.get("stage", 0) == before.get("stage", 0) + stages
+sinkattn.merge([Device(X[:0])], [Device(np.zeros((0, 2, 3), np.float32))])
+assert sinkattn.show_config()["cuda_launches"] == after
+""", fake)
+
+
+@BUILT
 def test_host_arrays_arrive_and_device_arrays_are_not_read(fake):
     """Lengths at address 8: a host that looks dies."""
     run("""
@@ -137,7 +154,7 @@ refused(lambda: attend(D, D, D, out=np.zeros_like(X)), ValueError, "out is on th
 refused(lambda: SinkCache(1, 2, 8).attend(D, D, D), ValueError, "q is on cuda:0, expected the CPU (the device of the cache)")
 refused(lambda: SinkCache(1, 2, 8, device="cuda:1").attend(D, D, D), ValueError, "q is on cuda:0, expected cuda:1")
 refused(lambda: SinkCache(1, 2, 8, device="cuda:2"), ValueError, "device is cuda:2, expected cuda:0 to cuda:1")
-refused(lambda: sinkattn.merge([D], [Device(X[..., 0].copy())]), NotImplementedError, "merge(): outs is on cuda:0")
+refused(lambda: sinkattn.merge([D], [X[..., 0]]), ValueError, "merge(): lses is on the CPU, expected cuda:0 (the device of outs[0])")
 refused(lambda: attend(Device(X, mask=D), D, D), ValueError, "q cannot be read", "mask")
 refused(lambda: attend(Device(X.astype(complex)), D, D), ValueError, "q cannot be read", "<c16")
 refused(lambda: attend(Device(X.astype(">f4")), D, D), ValueError, "q cannot be read", ">f4")

@@ -67,7 +67,7 @@ def test_old_capsules_are_not_written_to():
 
 
 @pytest.mark.parametrize("count", [1, 13, 200])
-def test_merge_rounds_once(count):
+def test_merge_rounds_once(count, device):
     """However many parts: joining half-precision parts by stages lost 2.5 bits."""
     pytest.importorskip("ml_dtypes")
     random = np.random.default_rng(0)

@@ -114,7 +114,7 @@ def test_the_reference_merges_too():
         np.testing.assert_allclose(joined, expected, rtol=1e-12)
 
 
-def test_merge_ignores_a_part_that_saw_nothing():
+def test_merge_ignores_a_part_that_saw_nothing(device):
     out = np.ones((2, 3), np.float32)
     nothing = np.full((2, 3), np.nan, np.float32), np.full(2, -np.inf, np.float32)
     got, lse = merge([out, nothing[0]], [np.zeros(2, np.float32), nothing[1]])

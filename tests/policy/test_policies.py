@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from statement import Model, held_at, rule_of
 
-from sinkattn import (
+from sinkattn import KVCache
+from sinkattn.policy import (
     CUR,
     H2O,
     H2OEMA,
@@ -15,7 +16,6 @@ from sinkattn import (
     H2ONorm,
     KeyDiff,
     KNorm,
-    KVCache,
     Random,
     Scissorhands,
     SinkWindow,

@@ -14,8 +14,9 @@ import traceback
 
 import numpy as np
 
-from sinkattn import Rope, SinkCache, _core, attend, merge
+from sinkattn import KVCache, Rope, SinkCache, _core, attend, attend_backward, merge
 from sinkattn.config import cpu_tables, set_num_threads, use_cpu_table
+from sinkattn.policy import H2O, Custom
 
 try:
     import _testcapi
@@ -61,6 +62,12 @@ def scenarios():
         cache.attend(chunk, chunk, chunk)
         return cache
 
+    def kv_stream(policy=None, budget=7):
+        kv = KVCache(2, 2, 32, policy=policy, budget=budget, sinks=1, recent=2, chunk=4, rope=rope)
+        kv.attend(parts, parts, parts)
+        return kv
+
+    parts = normal(2, 2, 9, 32)
     cache = stream()
     state = lambda: [x.tobytes() for x in cache.state_dict().values()]  # noqa: E731
     nothing = lambda: None  # noqa: E731
@@ -70,6 +77,8 @@ def scenarios():
     yield "dlpack", lambda: attend(foreign, foreign, foreign), nothing
     yield "sinks", lambda: attend(small, small, small, window=[1, 0], sinks=2, sink_logits=[0.0, 1.0],
                                   sink_bias=bias, sink_kv=(small[0], small[0]), return_lse=True), nothing
+    sinks = {"sinks": 2, "sink_logits": [0.0, 1.0], "sink_bias": bias, "sink_q": small, "sink_kv": (small[0], small[0])}
+    yield "backward", lambda: attend_backward(small, small, small, small, small, lse, **sinks) and None, nothing
     yield "merge", lambda: merge([small, foreign], [lse, lse]), nothing
     yield "new cache", lambda: stream() and None, nothing
     yield "step", lambda: cache.attend(chunk, chunk, chunk, return_mass=True), state
@@ -77,6 +86,19 @@ def scenarios():
     yield "reorder", lambda: cache.reorder([1, 1]), state
     yield "save", lambda: cache._core.save(), state
     yield "counters", lambda: (cache.length, cache.kept(), cache.crop(cache.length[0])), state
+    yield "new kv cache", lambda: kv_stream() and None, nothing
+    for name, policy in (("kv step", H2O()), ("kv custom", Custom(lambda row, head, p, m, k, v: -p))):
+        kv = kv_stream(policy)
+        kv_state = lambda kv=kv: [x.tobytes() for x in kv.state_dict().values()]  # noqa: E731
+        yield name, lambda kv=kv: kv.attend(chunk, chunk, chunk, return_mass=True,
+                                            alibi_slopes=[0.5, 1.0]), kv_state
+        yield f"{name}, parts", lambda kv=kv: kv.attend(parts, parts, parts), kv_state
+    yield "kv copy", lambda: kv.copy() and None, kv_state
+    yield "kv reorder", lambda: kv.reorder([1, 1]), kv_state
+    yield "kv load", lambda: kv.load_state_dict(kv.state_dict()), kv_state
+    yield "kv ledger", lambda: kv.ledger and None, kv_state
+    share = kv_stream(budget=0.5)
+    yield "kv share", lambda: share.attend(parts, parts, parts), lambda: repr(share.kept())
     yield "config", lambda: _core.config(), nothing
 
 

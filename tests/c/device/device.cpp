@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <string>
 
-#include "choose.h"
+#include "launch.h"
 
 namespace device
 {
@@ -17,12 +17,9 @@ index block_size, grid_size;
 namespace
 {
 
-typedef void (*kernel)(sa_cuda_problem);
-
 enum { STACK_BYTES = 1 << 16 };
 
-kernel running;
-const sa_cuda_problem *problem;
+std::function<void()> running;
 std::vector<fiber> fibers;
 std::vector<size_t> order;
 size_t turn, alive, idle;
@@ -64,7 +61,7 @@ void yield()
 static void run_fiber()
 {
     void *never;
-    running(*problem);
+    running();
     current->done = true;
     idle = 0;
     if (--alive == 0) {
@@ -109,10 +106,9 @@ static void prepare_fibers(cluster &c)
     }
 }
 
-static void launch_kernel(kernel function, const sa_cuda_launch &launch, const sa_cuda_problem *p)
+void launch_kernel(const std::function<void()> &kernel, const sa_cuda_launch &launch)
 {
-    running = function;
-    problem = p;
+    running = kernel;
     block_size = {launch.block};
     grid_size = {launch.grid};
     for (unsigned number = 0; number < launch.grid / launch.cluster; number++) {
@@ -139,7 +135,7 @@ static void launch_kernel(kernel function, const sa_cuda_launch &launch, const s
 #define SA_DECLARE(name) extern "C" void name(sa_cuda_problem);
 SA_KERNELS(SA_DECLARE)
 
-static device::kernel kernel_named(const std::string &wanted)
+static std::function<void(sa_cuda_problem)> kernel_named(const std::string &wanted)
 {
 #define SA_COMPARE(name)                                                                                                                   \
     if (wanted == #name) {                                                                                                                 \
@@ -147,6 +143,12 @@ static device::kernel kernel_named(const std::string &wanted)
     }
     SA_KERNELS(SA_COMPARE)
     abort();
+}
+
+void device::launch_problem(const sa_cuda_launch &launch, const sa_cuda_problem *problem)
+{
+    const auto kernel = kernel_named(sa_cuda_kernels[launch.kernel].name);
+    launch_kernel([=] { kernel(*problem); }, launch);
 }
 
 /* Plans and runs a problem whose pointers are the host's. Returns 0 when the counters are zero again. */
@@ -160,7 +162,7 @@ extern "C" int run_problem(sa_cuda_problem *problem, const sa_cuda_device *facts
     problem->scratch = (void *)(((uintptr_t)scratch.data() + 255) / 256 * 256);
     problem->counters = counters.data();
     for (int i = 0; i < plan->launch_count; i++) {
-        device::launch_kernel(kernel_named(sa_cuda_kernels[plan->launches[i].kernel].name), plan->launches[i], problem);
+        device::launch_problem(plan->launches[i], problem);
     }
     return std::count(counters.begin(), counters.end(), 0u) == (std::ptrdiff_t)counters.size() ? 0 : 1;
 }

@@ -1,0 +1,18 @@
+/* Launches on the host. */
+#ifndef SA_TEST_LAUNCH_H
+#define SA_TEST_LAUNCH_H
+
+#include <functional>
+
+#include "choose.h"
+
+namespace device
+{
+
+/* Runs every block of a grid, cluster after cluster, to its end. */
+void launch_kernel(const std::function<void()> &kernel, const sa_cuda_launch &launch);
+void launch_problem(const sa_cuda_launch &launch, const sa_cuda_problem *problem);
+
+} // namespace device
+
+#endif
