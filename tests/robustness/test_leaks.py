@@ -111,7 +111,7 @@ CALLS = {
     **{f"kv refusal {i}": refused(call) for i, call in enumerate([
         lambda: KV.attend(X, X, X[..., :3]), lambda: FAILS.attend(X, X, X), lambda: KV.crop(10**9), lambda: KV.reorder([1]),
         lambda: KVCache(1, 1, 8, budget=2), lambda: KV._core.load(*[b""] * 11), lambda: KV._core.load(b""),
-        lambda: KV.load_state_dict({**KV.state_dict(), "held": np.zeros(16, np.uint8)})])},
+        lambda: KV.load_state_dict({**KV.state_dict(), "held": np.zeros(8, np.uint8)})])},
     "core.reset": refused(lambda: CACHE._core.reset(b"")),
     "core.load": refused(lambda: CACHE._core.load(b"", b"", b"", b"")),
     "core.attend": refused(lambda: _core.attend(X)),
