@@ -49,6 +49,9 @@ static int traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->kv_type);
     Py_VISIT(state->buffer_type);
     Py_VISIT(state->libraries);
+    Py_VISIT(state->autocast);
+    Py_VISIT(state->modes);
+    Py_VISIT(state->forward);
 #ifndef Py_GIL_DISABLED
     Py_VISIT(state->table_type);
 #endif
@@ -63,6 +66,9 @@ static int clear(PyObject *module)
     Py_CLEAR(state->kv_type);
     Py_CLEAR(state->buffer_type);
     Py_CLEAR(state->libraries);
+    Py_CLEAR(state->autocast);
+    Py_CLEAR(state->modes);
+    Py_CLEAR(state->forward);
 #ifndef Py_GIL_DISABLED
     Py_CLEAR(state->table_type);
 #endif
