@@ -192,8 +192,8 @@ def works(lab):
     for context in sizes.contexts:
         work = Work("hf", f"generate at {context}",
                     f"generate, {sizes.layers} layers, {heads_q}/{heads_kv} heads, "
-                    f"D {sizes.depth}, fp32, after {context} tokens", "float32", 0, 0, None, "token/s",
-                    bound_of("float32", window), items=TOKENS,
+                    f"D {sizes.depth}, fp32, after {context} tokens", "float32", 0, 0, None,
+                    "token/s", bound_of("float32", window), items=TOKENS,
                     note="the text grows with each call")
         for who, form, make, model, check in (
                 ("sinkattn", f"SinkCache {sinks} + {window}", ours, enabled, stream_error),
