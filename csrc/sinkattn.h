@@ -95,6 +95,30 @@ sa_status sa_attend_check(const sa_attend_params *params);
 /* Runs a checked call with the results in place. SA_NO_MEMORY and SA_INTERRUPTED are the only failures; the results are then undefined. */
 sa_status sa_attend(const sa_attend_params *params, sa_poll poll);
 
+/* --- gradients ------------------------------------------------------------------------------------------------------------------- */
+
+/* Gradients of  sum(output_gradient * output) + sum(lse_gradient * lse)  for the call that `attend` describes. */
+typedef struct sa_attend_backward_params {
+    sa_attend_params attend;    /* output, lse and mass are not used */
+    sa_tensor output_gradient;  /* [batch, heads_q, query_length, depth_v], dtype of query */
+    sa_tensor output;           /* like it: what the call gave */
+    sa_tensor lse;              /* [batch, heads_q, query_length] float32, any strides: what the call gave */
+    sa_tensor lse_gradient;     /* like lse, or not given */
+    bool deterministic;         /* the same bits in every run; on the CPU always so */
+    void *query_gradient;       /* this and all below: dense, written in full, NULL where the argument was not given */
+    void *key_gradient, *value_gradient;
+    void *sink_query_gradient;
+    void *sink_key_gradient, *sink_value_gradient;
+    float *sink_logits_gradient; /* as many numbers as sink_logits has */
+    float *sink_bias_gradient;   /* [heads_q, pinned] */
+} sa_attend_backward_params;
+
+/* Every check of a call, before the first read of data. The results need not exist yet. */
+sa_status sa_attend_backward_check(const sa_attend_backward_params *params);
+
+/* Runs a checked call with its results in place. SA_NO_MEMORY and SA_INTERRUPTED are the only failures; the results are then undefined. */
+sa_status sa_attend_backward(const sa_attend_backward_params *params, sa_poll poll);
+
 /* --- the streaming cache -------------------------------------------------------------------------------------------------------- */
 
 typedef struct sa_cache sa_cache;

@@ -4,6 +4,7 @@ attend      attention with pinned tokens, a window, and every kind of sink
 SinkCache   a stream in bounded memory: pinned tokens and a ring of recent ones
 Rope        rotary positions for a cache
 merge       joins attention over disjoint keys
+attend_backward   the gradients of attend
 
 docs/semantics.md defines what is computed; `sinkattn.reference` states it in NumPy.
 """
@@ -16,7 +17,7 @@ __path__ = extend_path(__path__, __name__)
 
 from sinkattn.cache import SinkCache
 from sinkattn.config import __version__, get_num_threads, set_num_threads, show_config
-from sinkattn.functional import attend, merge
+from sinkattn.functional import attend, attend_backward, merge
 from sinkattn.rope import Rope
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "SinkCache",
     "__version__",
     "attend",
+    "attend_backward",
     "get_num_threads",
     "merge",
     "set_num_threads",

@@ -1,4 +1,4 @@
-"""attend and merge: the public face of the kernels."""
+"""attend, its gradients, and merge: the public face of the kernels."""
 
 from sinkattn import _core
 
@@ -59,6 +59,44 @@ def attend(q, k, v, *, causal=True, window=None, sinks=0, sink_logits=None, sink
     return _core.attend(q, k, v, causal, window, sinks, sink_logits, sink_bias, sink_q, sink_kv,
                         scale, softcap, alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q,
                         cu_seqlens_k, out, return_lse, return_mass, mass_reduce, mass_queries)
+
+
+def attend_backward(dout, q, k, v, out, lse, *, dlse=None, deterministic=True, causal=True,
+                    window=None, sinks=0, sink_logits=None, sink_bias=None, sink_q=None,
+                    sink_kv=None, scale=None, softcap=None, alibi_slopes=None, starts=None,
+                    lengths=None, q_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None):
+    """Gradients of `attend`: of sum(dout * out) + sum(dlse * lse).
+
+    dout : [batch, heads_q, query_length, depth_v], dtype of q, last axis contiguous.
+    q, k, v and the keywords from causal on : as `attend` was called.
+    out, lse : what that call returned with return_lse. lse is float32, any strides; so is dlse.
+    deterministic : bool. The same bits in every run; on the CPU they always are, and do not
+        depend on the number of threads.
+
+    Returns a dict of arrays of the kind of q: "q", "k", "v" in their dtype, and of each that was
+    given "sink_logits" (float32, the shape given), "sink_bias" (float32 [heads_q, sinks]),
+    "sink_q" and "sink_kv" (a pair) in the dtype of q. "q" then has no part that came by sink_q.
+    Queries that are not real, and keys that no query sees, get 0. A sink of +inf makes every
+    gradient of its head 0; a sink_bias of -inf has gradient 0, and so has its column.
+
+    Nothing of size [query_length, kv_length] is stored: weights are computed again from lse. The
+    partial sums of dq take up to 8 times the float32 size of q while the call runs.
+
+    Raises as `attend` does; NotImplementedError on CUDA.
+
+    Method: Dao et al., "FlashAttention" (arXiv 2205.14135), with the sink logit as one more term
+    of the denominator.
+
+    >>> import numpy as np
+    >>> q = k = v = np.ones((1, 2, 8, 16), np.float32)
+    >>> out, lse = attend(q, k, v, sink_logits=0.5, return_lse=True)
+    >>> gradients = attend_backward(np.ones_like(out), q, k, v, out, lse, sink_logits=0.5)
+    >>> {name: gradient.shape for name, gradient in gradients.items()}
+    {'q': (1, 2, 8, 16), 'k': (1, 2, 8, 16), 'v': (1, 2, 8, 16), 'sink_logits': ()}
+    """
+    return _core.attend_backward(q, k, v, causal, window, sinks, sink_logits, sink_bias, sink_q,
+                                 sink_kv, scale, softcap, alibi_slopes, starts, lengths, q_lengths,
+                                 cu_seqlens_q, cu_seqlens_k, dout, out, lse, dlse, deterministic)
 
 
 def merge(outs, lses):

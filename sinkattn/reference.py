@@ -4,9 +4,10 @@ This file is the definition; `docs/semantics.md` says the same in words, and eve
 against it. It is slow on purpose, it checks nothing, and it returns float64 whatever came in
 (float16 and ml_dtypes bfloat16 are widened, which is exact).
 
-`attend` is attention with every argument of the public function. `SinkCache` is the stream without
-the bounded memory: it keeps all that it was ever given and answers each call by the definition.
-`rotate` is the rotary embedding, `merge` joins partial results.
+`attend` is attention with every argument of the public function, `attend_backward` its gradients.
+`SinkCache` is the stream without the bounded memory: it keeps all that it was ever given and
+answers each call by the definition. `rotate` is the rotary embedding, `merge` joins partial
+results.
 """
 
 from __future__ import annotations
@@ -83,6 +84,19 @@ def _attend_head(q, k, v, head, position, pinned_q, pinned_position):
     `pinned_position`. What is visible depends on `position` alone.
     Returns out [queries, depth_v], lse [queries], weights [queries, keys].
     """
+    seen, scores, extra = _scores(q, k, head, position, pinned_q, pinned_position)
+    logits = np.broadcast_to(head.logits, (len(q), len(head.logits)))
+    lse = _log_sum_exp(np.concatenate([scores, extra, logits], axis=1))
+
+    base = np.where(lse == -np.inf, 0.0, lse)[:, None]   # a row that sees nothing has weights 0
+    weights = np.exp(scores - base)
+    out = weights[:, seen] @ v[seen] + np.exp(extra - base) @ head.extra_v
+    return out, lse, weights
+
+
+def _scores(q, k, head, position, pinned_q, pinned_position):
+    """Which keys any query sees [keys], scores [queries, keys] (-inf: not seen), and the scores of
+    the learned rows [queries, rows]."""
     key = np.arange(len(k))
     pinned = key < head.sinks
     distance = position[:, None] - key              # [queries, keys]
@@ -101,20 +115,120 @@ def _attend_head(q, k, v, head, position, pinned_q, pinned_position):
     stand = np.where(pinned, pinned_position[:, None], position[:, None])
     scores -= head.slope * np.abs(stand - key)
     scores[~visible] = -np.inf
-
-    extra = _score(q, head.extra_k, head)
-    logits = np.broadcast_to(head.logits, (len(q), len(head.logits)))
-    lse = _log_sum_exp(np.concatenate([scores, extra, logits], axis=1))
-
-    base = np.where(lse == -np.inf, 0.0, lse)[:, None]   # a row that sees nothing has weights 0
-    weights = np.exp(scores - base)
-    out = weights[:, seen] @ v[seen] + np.exp(extra - base) @ head.extra_v
-    return out, lse, weights
+    return seen, scores, _score(q, head.extra_k, head)
 
 
 def _score(q, k, head):
     s = head.scale * (q @ k.T)
     return s if head.softcap is None else head.softcap * np.tanh(s / head.softcap)
+
+
+def attend_backward(dout, q, k, v, out, lse, *, dlse=None, deterministic=True, causal=True,
+                    window=None, sinks=0, sink_logits=None, sink_bias=None, sink_q=None,
+                    sink_kv=None, scale=None, softcap=None, alibi_slopes=None, starts=None,
+                    lengths=None, q_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None):
+    """Gradients of sum(dout * out) + sum(dlse * lse), as `sinkattn.attend_backward`, in float64.
+
+    With p = exp(s - lse) and delta_i = <dout_i, out_i> - dlse_i:
+
+        dv_j = sum_i p_ij dout_i        ds_ij = p_ij (<dout_i, v_j> - delta_i)
+        dsigma_l = -sum_i exp(sigma_l - lse_i) delta_i
+
+    ds goes on to bias, cap, scale, and so to queries and keys. Where lse is infinite, p = 0.
+    Returns a dict of "q", "k", "v", and of each that was given "sink_logits", "sink_bias",
+    "sink_q", "sink_kv" (a pair).
+    """
+    dout, q, k, v, out, lse = (_wide(x) for x in (dout, q, k, v, out, lse))
+    dlse = np.zeros(lse.shape) if dlse is None else _wide(dlse)
+    batch, heads_q, query_length, depth = q.shape
+    _, heads_kv, kv_length, depth_v = v.shape
+    heads = _heads(batch, heads_q, heads_kv, depth, depth_v, causal=causal, window=window,
+                   sinks=sinks, sink_logits=sink_logits, sink_bias=sink_bias, sink_kv=sink_kv,
+                   scale=scale, softcap=softcap, alibi_slopes=alibi_slopes)
+    pinned_q = q if sink_q is None else _wide(sink_q)
+
+    dq, dpinned_q, dk, dv = (np.zeros(x.shape) for x in (q, q, k, v))
+    dlogits = np.zeros((heads_q, len(heads[0][0].logits) if batch else 0))
+    dbias = np.zeros((heads_q, sinks))
+    extra = len(heads[0][0].extra_k) if batch else 0
+    dextra_k, dextra_v = (np.zeros((heads_kv, extra, n)) for n in (depth, depth_v))
+    for row, queries, keys in _sequences(batch, query_length, kv_length, starts, lengths,
+                                         q_lengths, cu_seqlens_q, cu_seqlens_k):
+        count = queries.stop - queries.start
+        position = np.arange(count) + (keys.stop - keys.start) - count
+        for h in range(heads_q):
+            g = h // (heads_q // heads_kv)
+            own = _head_backward(dout[row, h, queries], q[row, h, queries], k[row, g, keys],
+                                 v[row, g, keys], out[row, h, queries], lse[row, h, queries],
+                                 dlse[row, h, queries], heads[row][h], position,
+                                 pinned_q[row, h, queries])
+            dq[row, h, queries] += own.q
+            dpinned_q[row, h, queries] += own.pinned_q
+            dk[row, g, keys] += own.k
+            dv[row, g, keys] += own.v
+            dlogits[h] += own.logits
+            dbias[h, :len(own.bias)] += own.bias
+            dextra_k[g] += own.extra_k
+            dextra_v[g] += own.extra_v
+
+    gradients = {"q": dq if sink_q is not None else dq + dpinned_q, "k": dk, "v": dv}
+    if sink_logits is not None:
+        shape = np.shape(sink_logits)
+        gradients["sink_logits"] = dlogits.reshape(shape) if shape else dlogits.sum()
+    if sink_bias is not None:
+        gradients["sink_bias"] = dbias
+    if sink_q is not None:
+        gradients["sink_q"] = dpinned_q
+    if sink_kv is not None:
+        gradients["sink_kv"] = dextra_k, dextra_v
+    return gradients
+
+
+class _HeadGradients(NamedTuple):
+    """What one query head of one sequence gives; q without what came by pinned_q."""
+
+    q: np.ndarray
+    pinned_q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    logits: np.ndarray
+    bias: np.ndarray
+    extra_k: np.ndarray
+    extra_v: np.ndarray
+
+
+def _head_backward(dout, q, k, v, out, lse, dlse, head, position, pinned_q):
+    """The gradients of `_attend_head`."""
+    seen, scores, extra = _scores(q, k, head, position, pinned_q, position)
+    counts = ~np.isinf(lse)            # else nothing was seen, or an infinite sink takes all
+    dout = np.where(counts[:, None], dout, 0.0)
+    delta = np.where(counts, (dout * out).sum(axis=-1) - dlse, 0.0)[:, None]
+    base = np.where(counts, lse, np.inf)[:, None]
+
+    weights, extra_weights = np.exp(scores - base), np.exp(extra - base)
+    dscores, dv = np.zeros(weights.shape), np.zeros(v.shape)
+    dscores[:, seen] = weights[:, seen] * (dout @ v[seen].T - delta)
+    dv[seen] = weights[:, seen].T @ dout
+    dextra = extra_weights * (dout @ head.extra_v.T - delta)
+
+    pinned = np.arange(len(k)) < head.sinks
+    bias = dscores[:, pinned].sum(axis=0)
+    dk = np.zeros(k.shape)
+    near, far = seen & ~pinned, seen & pinned
+    dq, dk[near] = _score_backward(dscores[:, near], q, k[near], head)
+    dpinned_q, dk[far] = _score_backward(dscores[:, far], pinned_q, k[far], head)
+    dextra_q, dextra_k = _score_backward(dextra, q, head.extra_k, head)
+    logits = np.exp(np.minimum(head.logits, np.finfo(float).max) - base)   # 0 for +inf, not NaN
+    return _HeadGradients(dq + dextra_q, dpinned_q, dk, dv, -(logits * delta).sum(axis=0), bias,
+                          dextra_k, extra_weights.T @ dout)
+
+
+def _score_backward(dscore, q, k, head):
+    """(dq, dk) of _score(q, k)."""
+    if head.softcap is not None:
+        capped = np.minimum(np.abs(head.scale * (q @ k.T) / head.softcap), 300.0)
+        dscore = dscore / np.cosh(capped)**2       # 1 - tanh^2, without its cancellation
+    return head.scale * (dscore @ k), head.scale * (dscore.T @ q)
 
 
 def _log_sum_exp(x):

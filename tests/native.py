@@ -45,7 +45,7 @@ def compile_core(folder, compiler="gcc", flags=SANITIZE, watched=()):
 
     def one(source):
         target = Path(folder, source.stem + ".o")
-        more = () if source.name == "reference.c" else watched
+        more = () if source.name.startswith("reference") else watched
         subprocess.run([compiler, *COMMON, *flags, *more, *have, *kernels.get(source.name, ()), "-c",
                         str(source), "-o", str(target)], check=True)
         return target

@@ -104,17 +104,23 @@ static bool extent_of(const sa_tensor *tensor, extent *out)
     return true;
 }
 
-static sa_status check_memory(const char *function, const char *name, const sa_tensor *tensor)
+static sa_status check_reach(const char *function, const char *name, const sa_tensor *tensor)
 {
     SA_TRY(sa_check_size(function, name, tensor->shape, tensor->rank, sa_dtype_size(tensor->dtype)));
+    extent reach;
+    if (!extent_of(tensor, &reach)) {
+        return sa_fail(SA_VALUE_ERROR, "%s(): the strides of %s do not fit %d bits", function, name, STRIDE_BITS);
+    }
+    return SA_OK;
+}
+
+static sa_status check_memory(const char *function, const char *name, const sa_tensor *tensor)
+{
+    SA_TRY(check_reach(function, name, tensor));
     const int last = tensor->rank - 1;
     if (tensor->stride[last] != 1 && tensor->shape[last] > 1 && !is_empty(tensor)) {
         return sa_fail(SA_VALUE_ERROR, "%s(): the last axis of %s has stride %" PRId64 ", expected 1 (make it contiguous along the last axis)",
                        function, name, tensor->stride[last]);
-    }
-    extent reach;
-    if (!extent_of(tensor, &reach)) {
-        return sa_fail(SA_VALUE_ERROR, "%s(): the strides of %s do not fit %d bits", function, name, STRIDE_BITS);
     }
     return SA_OK;
 }
@@ -441,4 +447,33 @@ sa_status sa_attend_check(const sa_attend_params *params)
     SA_TRY(check_window(params));
     SA_TRY(check_padding(params));
     return check_packed(params);
+}
+
+static sa_status check_lse(const sa_attend_params *params, const char *name, const sa_tensor *lse)
+{
+    if (lse->dtype != SA_F32) {
+        return sa_fail(SA_TYPE_ERROR, "%s(): %s is %s, expected float32 (as attend returns it)", params->function, name,
+                       sa_dtype_name(lse->dtype));
+    }
+    SA_TRY(check_shape(params->function, name, lse->shape, lse->rank, params->query.shape, 3, "[batch, heads_q, query_length]"));
+    return check_reach(params->function, name, lse);
+}
+
+static sa_status check_like_output(const sa_attend_params *params, const char *name, const sa_tensor *tensor)
+{
+    const sa_tensor *query = &params->query;
+    const int64_t shape[4] = {query->shape[0], query->shape[1], query->shape[2], params->value.shape[3]};
+    SA_TRY(check_dtype(params->function, name, tensor, query->dtype));
+    SA_TRY(check_shape(params->function, name, tensor->shape, tensor->rank, shape, 4, "[batch, heads_q, query_length, v_head_dim]"));
+    return check_memory(params->function, name, tensor);
+}
+
+sa_status sa_attend_backward_check(const sa_attend_backward_params *params)
+{
+    const sa_attend_params *attend = &params->attend;
+    SA_TRY(sa_attend_check(attend));
+    SA_TRY(check_like_output(attend, "dout", &params->output_gradient));
+    SA_TRY(check_like_output(attend, "out", &params->output));
+    SA_TRY(check_lse(attend, "lse", &params->lse));
+    return params->lse_gradient.rank == 0 ? SA_OK : check_lse(attend, "dlse", &params->lse_gradient);
 }

@@ -119,12 +119,7 @@ int64_t sa_mass_first(const sa_attend_params *params, int64_t query_count)
     return params->mass_queries < 0 ? 0 : max_i64(query_count - params->mass_queries, 0);
 }
 
-/* Where a row's queries and keys lie: batch index, and the ranges on the two length axes. */
-typedef struct place {
-    int64_t batch, query_begin, query_count, query_total, key_begin, key_count;
-} place;
-
-static sa_run keys_at(const sa_attend_params *params, const place *at, int64_t first, int64_t count, sa_run_kind kind)
+static sa_run keys_at(const sa_attend_params *params, const sa_place *at, int64_t first, int64_t count, sa_run_kind kind)
 {
     const sa_tensor *key = &params->key, *value = &params->value;
     const int64_t row = at->key_begin + first;
@@ -142,7 +137,7 @@ static sa_run keys_at(const sa_attend_params *params, const place *at, int64_t f
     };
 }
 
-static void fill_row(const sa_attend_params *params, const sa_problem *problem, const place *at, sa_row *row)
+static void fill_row(const sa_attend_params *params, const sa_problem *problem, const sa_place *at, sa_row *row)
 {
     const sa_tensor *query = &params->query, *output = &params->output, *sink_query = &params->sink_query;
     row->query = sa_at(query->data, query->dtype, at->batch * query->stride[0] + at->query_begin * query->stride[2]);
@@ -179,11 +174,11 @@ static void fill_row(const sa_attend_params *params, const sa_problem *problem, 
     }
 }
 
-static place batch_row(const sa_attend_params *params, int64_t b)
+static sa_place batch_row(const sa_attend_params *params, int64_t b)
 {
     const int64_t query_total = params->query.shape[2], kv_length = params->key.shape[2];
     const int64_t start = params->starts.data != NULL ? params->starts.data[b] : 0;
-    return (place){
+    return (sa_place){
         .batch = b,
         .query_count = params->query_lengths.data != NULL ? params->query_lengths.data[b] : query_total,
         .query_total = query_total,
@@ -192,16 +187,21 @@ static place batch_row(const sa_attend_params *params, int64_t b)
     };
 }
 
-static place packed_row(const sa_attend_params *params, int64_t sequence)
+static sa_place packed_row(const sa_attend_params *params, int64_t sequence)
 {
     const int64_t *query = params->cumulative_query.data + sequence, *key = params->cumulative_key.data + sequence;
-    return (place){
+    return (sa_place){
         .query_begin = query[0],
         .query_count = query[1] - query[0],
         .query_total = query[1] - query[0],
         .key_begin = key[0],
         .key_count = key[1] - key[0],
     };
+}
+
+sa_place sa_place_of_row(const sa_attend_params *params, int64_t row)
+{
+    return params->cumulative_query.data != NULL ? packed_row(params, row) : batch_row(params, row);
 }
 
 sa_status sa_plan_attend(const sa_attend_params *params, sa_plan *plan)
@@ -211,7 +211,7 @@ sa_status sa_plan_attend(const sa_attend_params *params, sa_plan *plan)
     SA_TRY(sa_plan_begin(params, rows, plan));
     sa_problem *problem = &plan->problem;
     for (int64_t i = 0; i < rows; i++) {
-        const place at = packed ? packed_row(params, i) : batch_row(params, i);
+        const sa_place at = sa_place_of_row(params, i);
         fill_row(params, problem, &at, &problem->rows[i]);
     }
     if (params->mass != NULL) {

@@ -71,6 +71,27 @@ typedef struct sa_range {
     int64_t low, high; /* empty where low >= high */
 } sa_range;
 
+/* A row's gradients, beside its sa_row: head 0, query 0 or the key at position 0. */
+typedef struct sa_backward_row {
+    const void *output_gradient;
+    const float *lse;          /* of the call that is differentiated */
+    const float *lse_gradient; /* nullable */
+    void *query_gradient, *key_gradient, *value_gradient;
+    void *sink_query_gradient; /* nullable */
+    double *logit_sums;        /* [heads_q] sum over queries of  weight of the sink * d(loss)/d(its score), zeroed */
+    double *bias_sums;         /* [heads_q, bias_stride] zeroed, nullable */
+    float *learned_sums;       /* [heads_kv, learned, depth + depth_v] d(sink_key) and d(sink_value) of this row, zeroed, nullable */
+} sa_backward_row;
+
+/* The gradients of a problem: `forward` has output, but neither lse nor mass. Each place of a row is written by one task. */
+typedef struct sa_backward {
+    sa_problem forward;
+    sa_backward_row *rows;
+    int64_t output_gradient_head_stride, output_gradient_stride, lse_head_stride, lse_stride, lse_gradient_head_stride, lse_gradient_stride;
+    int64_t query_gradient_head_stride, key_gradient_head_stride, value_gradient_head_stride; /* tokens lie dense */
+    int64_t learned; /* rows of the learned sink K/V */
+} sa_backward;
+
 /* Keys of a run, by their index in it, that a query at `position` sees. */
 static inline sa_range sa_visible(const sa_run *run, bool causal, int64_t window, int64_t position)
 {
@@ -83,6 +104,17 @@ static inline sa_range sa_visible(const sa_run *run, bool causal, int64_t window
         return (sa_range){0, high};
     }
     return (sa_range){clamp_i64(position - window + 1 - run->position, 0, run->count), high};
+}
+
+/* Queries of a row, by their index in it, that see key `key` of a run: sa_visible from the other side. */
+static inline sa_range sa_seen_by(const sa_run *run, bool causal, int64_t window, const sa_row *row, int64_t key)
+{
+    if (run->kind == SA_RUN_LEARNED || (run->kind == SA_RUN_PINNED && !causal)) {
+        return (sa_range){0, row->query_count};
+    }
+    const int64_t level = run->position + key - row->position; /* the query that stands at the key */
+    const int64_t low = clamp_i64(causal ? level : level - window + 1, 0, row->query_count);
+    return (sa_range){low, run->kind == SA_RUN_PINNED ? row->query_count : clamp_i64(level + window, low, row->query_count)};
 }
 
 /* A bias of -inf takes a pinned column away from a head, whatever its key and value hold. */

@@ -2,7 +2,8 @@
 #include "vec_amx.h"
 #include "kernel_mass.h"
 #include "kernel_peak.h"
+#include "reference.h"
 #include "../core/cpu_features.h"
 
 const sa_cpu_table sa_table_amx = {
-    .name = "amx", .needs = SA_CPU_AVX2 | SA_CPU_AVX512 | SA_CPU_AVX512_BF16 | SA_CPU_AMX_BF16, .attend = attend, .peak = &peak_loops};
+    .name = "amx", .needs = SA_CPU_AVX2 | SA_CPU_AVX512 | SA_CPU_AVX512_BF16 | SA_CPU_AMX_BF16, .attend = attend, .attend_backward = sa_reference_backward, .peak = &peak_loops};

@@ -3,59 +3,41 @@
 #include <math.h>
 #include <string.h>
 
-#include "../core/half.h"
-#include "table.h"
-
-
-static double load(sa_dtype dtype, const void *data, int64_t i)
-{
-    switch (dtype) {
-    case SA_F32: return (double)((const float *)data)[i];
-    case SA_F16: return (double)sa_f16_to_f32(((const uint16_t *)data)[i]);
-    default: return (double)sa_bf16_to_f32(((const uint16_t *)data)[i]);
-    }
-}
-
-static void store(sa_dtype dtype, void *data, int64_t i, double value)
-{
-    switch (dtype) {
-    case SA_F32: ((float *)data)[i] = (float)value; break;
-    case SA_F16: ((uint16_t *)data)[i] = sa_f32_to_f16((float)value); break;
-    default: ((uint16_t *)data)[i] = sa_f32_to_bf16((float)value); break;
-    }
-}
-
-/* One query of one head. */
-typedef struct query_at {
-    const sa_problem *problem;
-    const sa_row *row;
-    const sa_worker *worker;
-    int64_t head, index, position;
-} query_at;
+#include "reference.h"
 
 /* Asked now and then among the keys; what an interrupted query gives is not used. */
-static bool interrupted(const query_at *at, int64_t key)
+static bool interrupted(const sa_query_at *at, int64_t key)
 {
     return key % 256 == 0 && sa_worker_stopped(at->worker);
 }
 
-static double score(const query_at *at, const sa_run *run, int64_t key)
+double sa_reference_query(const sa_query_at *at, const sa_run *run, int64_t d)
+{
+    const sa_problem *p = at->problem;
+    const bool second = run->kind == SA_RUN_PINNED && at->row->sink_query != NULL;
+    return second ? sa_load(p->dtype, at->row->sink_query, at->head * p->sink_query_head_stride + at->index * p->sink_query_stride + d)
+                  : sa_load(p->dtype, at->row->query, at->head * p->query_head_stride + at->index * p->query_stride + d);
+}
+
+double sa_reference_product(const sa_query_at *at, const sa_run *run, int64_t key)
+{
+    const sa_problem *p = at->problem;
+    const int64_t kv_head = at->head / (p->heads_q / p->heads_kv);
+    const int64_t key_offset = kv_head * run->key_head_stride + key * run->key_stride;
+    double dot = 0.0;
+    for (int64_t d = 0; d < p->depth; d++) {
+        dot += sa_reference_query(at, run, d) * sa_load(p->dtype, run->key, key_offset + d);
+    }
+    return (double)p->scale * dot;
+}
+
+double sa_reference_score(const sa_query_at *at, const sa_run *run, int64_t key)
 {
     const sa_problem *p = at->problem;
     if (sa_removed(p, run, at->head, key)) {
         return -(double)INFINITY;
     }
-    const bool second = run->kind == SA_RUN_PINNED && at->row->sink_query != NULL;
-    const void *query = second ? at->row->sink_query : at->row->query;
-    const int64_t query_offset = second ? at->head * p->sink_query_head_stride + at->index * p->sink_query_stride
-                                        : at->head * p->query_head_stride + at->index * p->query_stride;
-    const int64_t kv_head = at->head / (p->heads_q / p->heads_kv);
-    const int64_t key_offset = kv_head * run->key_head_stride + key * run->key_stride;
-    double dot = 0.0;
-    for (int64_t d = 0; d < p->depth; d++) {
-        dot += load(p->dtype, query, query_offset + d) * load(p->dtype, run->key, key_offset + d);
-    }
-    double s = (double)p->scale * dot;
+    double s = sa_reference_product(at, run, key);
     if (p->softcap > 0.0f) {
         s = (double)p->softcap * tanh(s / (double)p->softcap);
     }
@@ -69,32 +51,32 @@ static double score(const query_at *at, const sa_run *run, int64_t key)
     return s;
 }
 
-static double largest_score(const query_at *at)
+static double largest_score(const sa_query_at *at)
 {
     double largest = -INFINITY;
     for (int r = 0; r < at->row->run_count; r++) {
         const sa_run *run = &at->row->runs[r];
         const sa_range seen = sa_visible(run, at->problem->causal, at->problem->windows[at->head], at->position);
         for (int64_t key = seen.low; key < seen.high && !interrupted(at, key); key++) {
-            const double s = score(at, run, key);
+            const double s = sa_reference_score(at, run, key);
             largest = isnan(s) ? s : s > largest ? s : largest;
         }
     }
     return largest;
 }
 
-static void add_values(const query_at *at, const sa_run *run, int64_t key, double weight, double *values)
+static void add_values(const sa_query_at *at, const sa_run *run, int64_t key, double weight, double *values)
 {
     const sa_problem *p = at->problem;
     const int64_t kv_head = at->head / (p->heads_q / p->heads_kv);
     const int64_t offset = kv_head * run->value_head_stride + key * run->value_stride;
     for (int64_t d = 0; d < p->depth_v; d++) {
-        values[d] += weight * load(p->dtype, run->value, offset + d);
+        values[d] += weight * sa_load(p->dtype, run->value, offset + d);
     }
 }
 
 /* Writes one output row and returns its lse. */
-static double attend_query(const query_at *at)
+static double attend_query(const sa_query_at *at)
 {
     const sa_problem *p = at->problem;
     const double sink = p->sinks[at->head], largest = largest_score(at);
@@ -105,7 +87,7 @@ static double attend_query(const query_at *at)
         const sa_run *run = &at->row->runs[r];
         const sa_range seen = sa_visible(run, p->causal, p->windows[at->head], at->position);
         for (int64_t key = seen.low; key < seen.high && !interrupted(at, key); key++) {
-            const double s = score(at, run, key);
+            const double s = sa_reference_score(at, run, key);
             const double weight = s == -(double)INFINITY ? 0.0 : exp(s - anchor);
             sum += weight;
             if (weight != 0.0) {
@@ -117,12 +99,12 @@ static double attend_query(const query_at *at)
     void *output = (char *)at->row->output;
     const int64_t offset = at->head * p->output_head_stride + at->index * p->output_stride;
     for (int64_t d = 0; d < p->depth_v; d++) {
-        store(p->dtype, output, offset + d, sum == 0.0 || !sees ? (isnan(sum) ? sum : 0.0) : values[d] / total);
+        sa_store(p->dtype, output, offset + d, sum == 0.0 || !sees ? (isnan(sum) ? sum : 0.0) : values[d] / total);
     }
     return sink == (double)INFINITY ? (double)INFINITY : sees || isnan(largest) ? anchor + log(total) : -(double)INFINITY;
 }
 
-static void add_mass(const query_at *at, double lse, double *mean)
+static void add_mass(const sa_query_at *at, double lse, double *mean)
 {
     const sa_problem *p = at->problem;
     for (int r = 0; r < at->row->run_count; r++) {
@@ -131,18 +113,18 @@ static void add_mass(const query_at *at, double lse, double *mean)
         for (int64_t key = seen.low; key < seen.high && !interrupted(at, key); key++) {
             const int64_t slot = sa_mass_slot(run, key);
             if (slot >= 0 && lse > -(double)INFINITY && lse < (double)INFINITY) {
-                mean[slot] += exp(score(at, run, key) - lse) * (double)p->heads_kv / (double)p->heads_q;
+                mean[slot] += exp(sa_reference_score(at, run, key) - lse) * (double)p->heads_kv / (double)p->heads_q;
             }
         }
     }
 }
 
-static void pad_query(const query_at *at)
+static void pad_query(const sa_query_at *at)
 {
     const sa_problem *p = at->problem;
     const int64_t offset = at->head * p->output_head_stride + at->index * p->output_stride;
     for (int64_t d = 0; d < p->depth_v; d++) {
-        store(p->dtype, at->row->output, offset + d, 0.0);
+        sa_store(p->dtype, at->row->output, offset + d, 0.0);
     }
     if (at->row->lse != NULL) {
         at->row->lse[at->head * p->lse_head_stride + at->index] = -INFINITY;
@@ -161,7 +143,7 @@ static void attend_kv_head(void *context, int64_t task, sa_worker *worker)
     for (int64_t i = 0; i < row->query_total && !sa_worker_stopped(worker); i++) {
         memset(mean, 0, (size_t)slots * sizeof *mean);
         for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-            const query_at at = {p, row, worker, head, i, row->position + i};
+            const sa_query_at at = {p, row, worker, head, i, row->position + i};
             if (i >= row->query_count) {
                 pad_query(&at);
                 continue;
@@ -200,4 +182,4 @@ static sa_status attend(const sa_problem *problem, sa_poll poll)
                        (void *)(uintptr_t)problem, poll);
 }
 
-const sa_cpu_table sa_table_reference = {.name = "reference", .needs = 0, .attend = attend};
+const sa_cpu_table sa_table_reference = {.name = "reference", .needs = 0, .attend = attend, .attend_backward = sa_reference_backward};

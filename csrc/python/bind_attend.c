@@ -10,6 +10,7 @@ enum {
     CU_SEQLENS_Q, CU_SEQLENS_K, OUT, RETURN_LSE, RETURN_MASS, MASS_REDUCE, MASS_QUERIES, ARGUMENTS
 };
 /* clang-format on */
+_Static_assert((int)OUT == (int)SA_ATTEND_ARGUMENTS, "sa_parse_attend reads what comes before");
 
 static int parse_mass(sa_call *call, PyObject *const *arguments, sa_attend_params *params)
 {
@@ -36,7 +37,7 @@ static int parse_numbers(sa_call *call, PyObject *const *arguments, sa_attend_pa
 {
     bool given;
     if (arguments[WINDOW] != Py_None && PyBool_Check(arguments[WINDOW])) {
-        PyErr_SetString(PyExc_TypeError, "attend(): window is bool, expected an int, an int array [heads_q] or None");
+        PyErr_Format(PyExc_TypeError, "%s(): window is bool, expected an int, an int array [heads_q] or None", call->function);
         return -1;
     }
     if (sa_parse_bool(call, "causal", arguments[CAUSAL], &params->causal) < 0 ||
@@ -44,7 +45,7 @@ static int parse_numbers(sa_call *call, PyObject *const *arguments, sa_attend_pa
         sa_cast_ints(call, "window", arguments[WINDOW], &params->window) < 0) {
         return -1;
     }
-    return parse_mass(call, arguments, params);
+    return 0;
 }
 
 static int parse_lengths(sa_call *call, PyObject *const *arguments, sa_attend_params *params)
@@ -58,11 +59,11 @@ static int parse_lengths(sa_call *call, PyObject *const *arguments, sa_attend_pa
                : 0;
 }
 
-static int parse(sa_call *call, PyObject *const *arguments, sa_attend_params *params, sa_like *like)
+int sa_parse_attend(sa_call *call, PyObject *const *arguments, PyObject *out, sa_attend_params *params, sa_like *like)
 {
     const sa_score_arguments scores = {arguments[SINK_LOGITS], arguments[SINK_BIAS], arguments[SINK_KV],
                                        arguments[SCALE],       arguments[SOFTCAP],   arguments[ALIBI_SLOPES]};
-    if (sa_parse_tensors(call, arguments[Q], arguments[K], arguments[V], arguments[OUT], params, like) < 0 ||
+    if (sa_parse_tensors(call, arguments[Q], arguments[K], arguments[V], out, params, like) < 0 ||
         parse_numbers(call, arguments, params) < 0 || sa_parse_scores(call, &scores, params) < 0) {
         return -1;
     }
@@ -98,7 +99,7 @@ static PyObject *attend(PyObject *module, PyObject *const *arguments, Py_ssize_t
     bool return_lse, return_mass;
     if (sa_parse_bool(&call, "return_lse", arguments[RETURN_LSE], &return_lse) < 0 ||
         sa_parse_bool(&call, "return_mass", arguments[RETURN_MASS], &return_mass) < 0 ||
-        parse(&call, arguments, &params, &results.like) < 0) {
+        sa_parse_attend(&call, arguments, arguments[OUT], &params, &results.like) < 0 || parse_mass(&call, arguments, &params) < 0) {
         goto end;
     }
     sa_status status = sa_attend_check(&params);

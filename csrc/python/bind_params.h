@@ -22,6 +22,10 @@ int sa_view_given(sa_call *call, const char *name, PyObject *object, sa_tensor *
 int sa_parse_tensors(sa_call *call, PyObject *q, PyObject *k, PyObject *v, PyObject *out, sa_attend_params *params, sa_like *like);
 int sa_parse_scores(sa_call *call, const sa_score_arguments *arguments, sa_attend_params *params);
 
+/* The arguments that _core.attend and _core.attend_backward begin with: q to cu_seqlens_k, in the order of sinkattn.attend. */
+enum { SA_ATTEND_ARGUMENTS = 18 };
+int sa_parse_attend(sa_call *call, PyObject *const *arguments, PyObject *out, sa_attend_params *params, sa_like *like);
+
 /* The arguments of Cache.attend, in order. */
 /* clang-format off */
 enum {

@@ -57,6 +57,7 @@ def test_the_private_core_counts_its_arguments():
     core = _core.Cache(1, 2, 8, 8, 1, 4, 0, "float32", b"", 1.0, False, False, False)
     for call, error, match in [
         (lambda: _core.attend(X), TypeError, "_core.attend takes 23 arguments, got 1"),
+        (lambda: _core.attend_backward(X), TypeError, "_core.attend_backward takes 23 arguments, got 1"),
         (lambda: core.attend(X), TypeError, "Cache.attend takes 13 arguments, got 1"),
         (lambda: core.reset(b"\0\0"), ValueError, r"reset\(\): expected one flag for each row"),
         (lambda: core.reset(3), ValueError, r"reset\(\): expected one flag for each row"),

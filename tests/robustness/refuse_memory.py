@@ -14,7 +14,7 @@ import traceback
 
 import numpy as np
 
-from sinkattn import Rope, SinkCache, _core, attend, merge
+from sinkattn import Rope, SinkCache, _core, attend, attend_backward, merge
 from sinkattn.config import cpu_tables, set_num_threads, use_cpu_table
 
 try:
@@ -70,6 +70,8 @@ def scenarios():
     yield "dlpack", lambda: attend(foreign, foreign, foreign), nothing
     yield "sinks", lambda: attend(small, small, small, window=[1, 0], sinks=2, sink_logits=[0.0, 1.0],
                                   sink_bias=bias, sink_kv=(small[0], small[0]), return_lse=True), nothing
+    sinks = {"sinks": 2, "sink_logits": [0.0, 1.0], "sink_bias": bias, "sink_q": small, "sink_kv": (small[0], small[0])}
+    yield "backward", lambda: attend_backward(small, small, small, small, small, lse, **sinks) and None, nothing
     yield "merge", lambda: merge([small, foreign], [lse, lse]), nothing
     yield "new cache", lambda: stream() and None, nothing
     yield "step", lambda: cache.attend(chunk, chunk, chunk, return_mass=True), state

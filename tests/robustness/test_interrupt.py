@@ -10,13 +10,15 @@ pytestmark = pytest.mark.skipif(native.INSTRUMENTED, reason="measures time")
 PROGRAM = """
 import os, signal, statistics, sys, threading, time
 import numpy as np
-from sinkattn import Rope, SinkCache, attend
+from sinkattn import Rope, SinkCache, attend, attend_backward
 from sinkattn.config import use_cpu_table
 
 use_cpu_table({table!r})
 x = np.ones((1, 1, 200000, 128), np.float32)
 y = np.ones((1, 8, 40000, 128), np.float32)
 z = x[:, :, :100]
+w = x[:, :, :60000]
+lse = w[..., 0].copy()
 cache = SinkCache(1, 1, 128, window=200000)
 raw = SinkCache(1, 8, 128, window=1, rope=Rope.from_theta(128))
 
@@ -48,6 +50,7 @@ print(statistics.median(waits))
 @pytest.mark.parametrize(("table", "call"), [
     ("reference", "attend(x[:, :, :50], x, x)"), ("reference", "cache.attend(x, x, x)"),
     ("best", "attend(x, x, x)"), ("best", "attend(x, x, x, return_mass=True, causal=False)"),
+    ("reference", "attend_backward(z, z, w, w, z, lse[:, :, :100])"), ("best", "attend_backward(w, w, w, w, w, lse)"),
     ("best", "cache.attend(x, x, x)"), ("best", "raw.attend(y, y, y)"),
 ])
 def test_ctrl_c_stops_a_long_call_and_all_stays_usable(table, call):

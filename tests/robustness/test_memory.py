@@ -35,6 +35,7 @@ def test_every_request_of_every_call_may_be_refused(report):
         assert report["refusals"][f"{table} prefill"] >= 3
         assert report["refusals"][f"{table} decode"] >= 5
         assert report["refusals"][f"{table} mass"] >= 6
+        assert report["refusals"][f"{table} backward"] >= 3
     assert report["refusals"]["reference new cache"] >= 8
     assert sum(report["refusals"].values()) >= 50
 
