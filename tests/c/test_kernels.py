@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import emulated
 import numpy as np
 import pytest
+from numerics.test_backward import assert_gradients, flat
 from oracle import dtype_of, normal
 from tolerance import FP32_RELATIVE, HALF_RELATIVE, assert_close, assert_lse_close
 
@@ -167,3 +168,30 @@ def test_merge_of_nan_is_nan(library):
     out, lse = np.ones((2, 8), np.float32), np.zeros(2, np.float32)
     got = emulated.merge(library, [out, out], [lse, np.array([np.nan, 0], np.float32)])
     assert np.isnan(got[0][0]).all() and np.isnan(got[1][0]) and (got[0][1] == 1).all()
+
+
+def check_gradients(library, random, q, k, v, on_device=False, **keywords):
+    """Against the reference for the same out and lse, by the bounds of the CPU's tests."""
+    out, lse = reference.attend(q, k, v, return_lse=True, **keywords)
+    out, lse = out.astype(q.dtype), lse.astype(np.float32)
+    dout, dlse = normal(random, *out.shape, dtype=q.dtype.name), normal(random, *lse.shape)
+    got = flat(emulated.attend_backward(library, dout, q, k, v, out, lse, dlse=dlse,
+                                        on_device=on_device, **keywords))
+    expected = flat(reference.attend_backward(dout, q, k, v, out, lse, dlse=dlse, **keywords))
+    assert got.keys() == expected.keys()
+    assert_gradients(got, expected, q.dtype.name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("seed", range(8))
+def test_gradients_of_every_argument(library, seed, dtype):
+    random = np.random.default_rng([5, seed])
+    batch, heads_kv, group = (int(random.choice(x)) for x in ((1, 2), (1, 2), (1, 3)))
+    depth, depth_v = ((64, 64), (128, 128), (256, 192), (80, 96), (20, 33), (128, 64), (256, 256), (40, 40))[seed]
+    queries, keys = int(random.choice((1, 5, 40, 150))), int(random.choice((1, 33, 150)))
+    q = normal(random, batch, heads_kv * group, queries, depth, dtype=dtype)
+    k = normal(random, batch, heads_kv, keys, depth, dtype=dtype)
+    v = normal(random, batch, heads_kv, keys, depth_v, dtype=dtype)
+    arguments = draw_arguments(random, dtype, heads_kv * group, heads_kv, batch, queries, keys,
+                               depth, depth_v)
+    check_gradients(library, random, q, k, v, on_device=seed % 2 == 1, **arguments)
