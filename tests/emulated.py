@@ -157,9 +157,10 @@ class HostNumbers(ctypes.Structure):
     @classmethod
     def of(cls, array, dtype, on_device):
         """The array and the struct over it, cast as the host does or left as on a device."""
-        array = np.asarray(array) if on_device else np.ascontiguousarray(array, dtype)
+        on_device = on_device and np.ndim(array) > 0
+        array = np.asarray(array) if on_device else np.asarray(array, dtype, order="C")
         made = cls(array.ctypes.data, (I64 * 4)(*array.shape), array.ndim)
-        if on_device and array.ndim:
+        if on_device:
             made.device = DeviceNumbers(
                 array.ctypes.data, (I64 * 4)(*(s // array.itemsize for s in array.strides)),
                 NUMBER_TYPES[array.dtype.name])
