@@ -46,7 +46,7 @@ class Problem(ctypes.Structure):
         *_fields(Tensor, "query key value output sink_query sink_key sink_value"),
         *_fields(Numbers, "sink_logits sink_bias alibi_slopes window starts lengths query_lengths "
                           "cumulative_query cumulative_key"),
-        ("cache", Cache), *_fields(POINTER, "lse mass"),
+        ("cache", Cache), *_fields(Tensor, "row_lse row_weights"), *_fields(POINTER, "lse mass"),
         *_fields(I64, "batch heads_q heads_kv query_length kv_length depth depth_v sequences "
                       "logits pinned learned mass_length mass_queries"),
         *_fields(ctypes.c_float, "scale softcap"),
@@ -221,6 +221,18 @@ def attend(library, q, k, v, **keywords):
     params.lse = lse.ctypes.data
     assert library.run_attend(ctypes.byref(params)) == 0 and keep
     return out, lse
+
+
+def mass(library, q, k, lse, *, row_weights=None, reduce="sum", queries=None, **keywords):
+    """`sinkattn.mass` by the host's half and the kernel of the device."""
+    params = AttendParams()
+    got = np.full((q.shape[0], *k.shape[1:3]), np.nan, np.float32)
+    keep = params.fill(q, k, None, **keywords)
+    params.mass, params.mass_reduce = got.ctypes.data, reduce == "max"
+    params.mass_queries = -1 if queries is None else queries
+    rows = HostTensor.of(lse), HostTensor() if row_weights is None else HostTensor.of(row_weights)
+    assert library.run_mass(ctypes.byref(params), *map(ctypes.byref, rows)) == 0 and keep
+    return got
 
 
 def attend_backward(library, dout, q, k, v, out, lse, *, dlse=None, **keywords):

@@ -333,6 +333,16 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     return 0;
 }
 
+int sa_cuda_choose_mass(sa_cuda_problem *problem, sa_cuda_plan *plan)
+{
+    begin(problem, plan);
+    if (problem->batch == 0 || problem->query_length == 0) {
+        return 0;
+    }
+    plan->path = "mass";
+    return plan_mass(problem, plan) ? 0 : -1;
+}
+
 /* --- the backward pass ------------------------------------------------------------------------------------------------------------- */
 
 /* Rows of a tile, shared bytes, and CTAs of a tile, of the two large kernels. */

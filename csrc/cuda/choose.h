@@ -62,6 +62,9 @@ extern const int sa_cuda_kernel_count;
 /* Fills the last block of the problem and the plan. Returns 0, or -1 where a grid would be larger than 2^31 - 1 CTAs. */
 int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan);
 
+/* The same for mass alone, from row_lse. */
+int sa_cuda_choose_mass(sa_cuda_problem *problem, sa_cuda_plan *plan);
+
 /* The same for the gradients of a call. No launches where there are no queries: every gradient is zero. */
 int sa_cuda_choose_backward(sa_cuda_backward *backward, sa_cuda_plan *plan);
 

@@ -192,6 +192,14 @@ static void clear_first(sa_cuda_work *work, void *data, int64_t offset, int64_t 
     }
 }
 
+static void clear_mass(sa_cuda_work *work)
+{
+    const sa_cuda_problem *p = &work->problem;
+    if (p->mass != NULL) {
+        clear_first(work, p->mass, 0, p->batch * p->heads_kv * p->mass_length * (int64_t)sizeof(float));
+    }
+}
+
 static sa_status too_large(const sa_cuda_work *work)
 {
     return sa_fail(SA_VALUE_ERROR, "%s(): q has %" PRId64 " rows of %" PRId64 " heads and %" PRId64 " queries, more than a launch can hold",
@@ -210,9 +218,7 @@ static sa_status plan(const sa_attend_params *params, const sa_cuda_store *cache
     }
     SA_TRY(find_counters(cache, stream, work));
     lay_out_memory(work);
-    if (params->mass != NULL) {
-        clear_first(work, params->mass, 0, work->problem.batch * work->problem.heads_kv * work->problem.mass_length * (int64_t)sizeof(float));
-    }
+    clear_mass(work);
     return SA_OK;
 }
 
@@ -227,12 +233,41 @@ sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cac
     return status;
 }
 
-/* --- gradients --------------------------------------------------------------------------------------------------------------------- */
+/* --- mass alone -------------------------------------------------------------------------------------------------------------------- */
 
 static sa_cuda_tensor rows_of(const sa_tensor *from)
 {
     return from->rank == 0 ? (sa_cuda_tensor){0} : (sa_cuda_tensor){from->data, from->stride[0], from->stride[1], from->stride[2]};
 }
+
+static sa_status plan_mass(const sa_attend_params *params, const sa_tensor *lse, const sa_tensor *row_weights, sa_cuda_work *work)
+{
+    describe(params, NULL, &work->problem);
+    work->problem.row_lse = rows_of(lse);
+    work->problem.row_weights = rows_of(row_weights);
+    work->staged_count = work->cleared_count = 0;
+    work->counters = NULL;
+    take_arrays(params, work);
+    if (sa_cuda_choose_mass(&work->problem, &work->plan) != 0) {
+        return too_large(work);
+    }
+    lay_out_memory(work);
+    clear_mass(work);
+    return SA_OK;
+}
+
+sa_status sa_cuda_begin_mass(const sa_attend_params *params, const sa_tensor *lse, const sa_tensor *row_weights, sa_cuda_work *work)
+{
+    work->function = params->function;
+    SA_TRY(sa_device_enter(params->function, params->device, &work->scope));
+    const sa_status status = plan_mass(params, lse, row_weights, work);
+    if (status != SA_OK) {
+        sa_device_leave(&work->scope);
+    }
+    return status;
+}
+
+/* --- gradients --------------------------------------------------------------------------------------------------------------------- */
 
 static void describe_backward(const sa_attend_backward_params *params, sa_cuda_backward *b)
 {

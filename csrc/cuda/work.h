@@ -43,6 +43,8 @@ typedef struct sa_cuda_work {
 
 /* Plans a checked call with its results in place; `cache` NULL: none. On SA_OK the device is current until sa_cuda_end; otherwise nothing is to be ended. */
 sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work);
+/* Mass alone: params without value, output and lse, but with mass. row_weights of rank 0: 1. */
+sa_status sa_cuda_begin_mass(const sa_attend_params *params, const sa_tensor *lse, const sa_tensor *row_weights, sa_cuda_work *work);
 sa_status sa_cuda_begin_backward(const sa_attend_backward_params *params, sa_cuda_work *work);
 sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream);
 void sa_cuda_end(const sa_cuda_work *work);

@@ -262,3 +262,21 @@ def test_arrays_of_the_host_arrive(library, window):
     for on_device in (False, True):
         got = emulated.attend(library, q, k, v, on_device=on_device, **arguments)
         check(got, reference.attend(q, k, v, return_lse=True, **arguments), "float16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", range(4))
+def test_mass_alone(library, seed, dtype):
+    """From an lse of any strides; row weights multiply the queries that they belong to."""
+    random = np.random.default_rng([10, seed])
+    q, k = normal(random, 1 + seed % 2, 6, 20, 40, dtype=dtype), normal(random, 1 + seed % 2, 2, 150, 40, dtype=dtype)
+    arguments = draw_arguments(random, dtype, 6, 2, len(q), 20, 150, 40, 40)
+    reduce, queries = ("sum", "max")[seed % 2], (None, 7)[seed // 2]
+    _, lse, expected = reference.attend(q, k, k, return_lse=True, return_mass=True, mass_reduce=reduce,
+                                        mass_queries=queries, **arguments)
+    odd = np.repeat(lse.astype(np.float32), 2, axis=-1)[..., ::2]
+    keywords = {"reduce": reduce, "queries": queries, "on_device": seed > 1, **arguments}
+    got = emulated.mass(library, q, k, odd, **keywords)
+    assert_close(got, expected, 1e-5 if dtype == "float32" else 1e-3)
+    halves = np.broadcast_to(np.float32(0.5), lse.shape)
+    np.testing.assert_array_equal(emulated.mass(library, q, k, odd, row_weights=halves, **keywords), got / 2)

@@ -83,6 +83,13 @@ int run_attend(const sa_attend_params *params)
     return status == SA_OK ? run(&work) : status;
 }
 
+int run_mass(const sa_attend_params *params, const sa_tensor *lse, const sa_tensor *row_weights)
+{
+    sa_cuda_work work;
+    const sa_status status = sa_cuda_begin_mass(params, lse, row_weights, &work);
+    return status == SA_OK ? run(&work) : status;
+}
+
 int run_backward(const sa_attend_backward_params *params)
 {
     sa_cuda_work work;
