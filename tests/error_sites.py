@@ -15,7 +15,7 @@ from pathlib import Path
 from on_device import has_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ("cache.py", "config.py", "functional.py", "rope.py", *[f"torch/{path.name}" for path in
+PACKAGE = ("cache.py", "config.py", "functional.py", "kv_cache.py", "policy.py", "rope.py", *[f"torch/{path.name}" for path in
            sorted((ROOT / "sinkattn/torch").glob("*.py"))])  # commands speak to a person instead
 STRING = r'"((?:[^"\\]|\\.)*)"'
 FORMAT = rf"((?:{STRING}|PRI\w64|\s)+)"
@@ -23,8 +23,7 @@ NEEDS_GPU = ("csrc/cuda/", "csrc/python/bind_cuda_cache.c", "csrc/python/device.
 SILENT = {"interrupted": "Python's own KeyboardInterrupt is raised in its place: test_interrupt.py",
           "has a loop for this kind": "met by the bench's tests where the processor has no bf16 dot product",
           "too many arrays in one call": "two for each argument are fewer than there is room for",
-          "__cuda_array_interface__": "says that there is no such attribute, to whoever asks for it",
-          "; the backends that have gradients are: cpu": "needs a GPU"}
+          "__cuda_array_interface__": "says that there is no such attribute, to whoever asks for it"}
 
 
 def pattern_of(form):
