@@ -7,7 +7,7 @@ import numpy as np
 
 from . import recall as asking
 from . import stream
-from .methods import SINKS, find, names
+from .methods import SINKS, defaults, find
 from .models import shipped
 from .plants import plant
 from .probe import Probe, summarise
@@ -45,7 +45,7 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
             make_progress=None):
     """Compares policies on the shipped byte-level model; what `python -m sinkattn measure` runs.
 
-    text : uint8 [n]. policies : names of `methods.names()`, default all.
+    text : uint8 [n]. policies : names as `methods.find` takes them, default all.
     budget : tokens a kv head of sinks + window; the others get the same bytes. sinks, recent : what
         every policy keeps at least.
     rows : streams of the trained length, for bits and attention loss. plants : rows with planted
@@ -59,7 +59,7 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
     config = _shipped_model().config
     trained, shape = config.context, (config.heads_kv, config.head_depth)
     distances = default_distances(budget, trained) if distances is None else distances
-    policies = names() if policies is None else list(policies)
+    policies = defaults() if policies is None else list(policies)
     near = [find(name, budget, sinks, recent, "original", shape) for name in policies]
     far = [find(name, budget, sinks, recent, "slot", shape) for name in policies]
     planted = plant(text, distances, plants, seed=seed)

@@ -109,7 +109,8 @@ class Estimate(_Record):
 class Attention(_Record):
     """What eviction took from attention, against full attention over the same keys.
 
-    loss : weight on evicted keys; error : |out - full| / |full|; top : share of the `top_count`
+    loss : weight on evicted keys; least : what the best set of the same size would have lost,
+        chosen anew for each query; error : |out - full| / |full|; top : share of the `top_count`
         heaviest keys that were kept; sinks : weight of full attention on the first `sink_count`
         keys. Each a mean over layers, heads and the `queries` sampled queries of a row, with its
         interval over rows.
@@ -118,6 +119,7 @@ class Attention(_Record):
     """
 
     loss: Estimate
+    least: Estimate
     error: Estimate
     top: Estimate
     sinks: Estimate

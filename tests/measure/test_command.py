@@ -132,7 +132,7 @@ def test_the_command(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--policies", "Best"], "--policies has 'Best', expected some of: all keys"),
+    (["--policies", "Best"], "--policies has 'Best', expected some of all keys"),
     (["--budget", "40", "--recent", "36"], "leave no room in --budget 40"),
     (["--budget", "7"], "expected 8 or more"),
     (["--distances", "0"], "expected 1 or more"),

@@ -56,6 +56,7 @@ def test_a_probe_sees_what_was_lost(step):
         i = sample["position"]
         group = weights[:, :, i, :i + 1].reshape(2, 2, 2, i + 1).mean(axis=2)
         np.testing.assert_allclose(sample["loss"], (group * ~seen[i, :i + 1]).sum(axis=-1), atol=1e-6)
+        np.testing.assert_allclose(sample["least"], np.sort(group, axis=-1)[..., :max(i - 10, 0)].sum(axis=-1), atol=1e-6)
         np.testing.assert_allclose(sample["sinks"], group[..., :2].sum(axis=-1), atol=1e-6)
         heaviest = np.argsort(group, axis=-1)[..., -3:]
         np.testing.assert_array_equal(sample["top"], seen[i][heaviest].mean(axis=-1))
