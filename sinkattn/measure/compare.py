@@ -86,7 +86,7 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
     if progress is not None:
         progress.close()
     if SINKS in costs:
-        results = [_with_gap(result, costs[result.name] - costs[SINKS]) for result in results]
+        results = [_with_gaps(result, costs[result.name], costs[SINKS]) for result in results]
     settings = {
         "budget": budget, "sinks": sinks, "recent": recent, "rows": rows, "plants": plants,
         "tokens": tokens, "streams": streams, "chunk": chunk, "seed": seed, "trained": trained,
@@ -95,12 +95,14 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
     return Comparison(settings=settings, text="", policies=results)
 
 
-def _with_gap(result, gap):
-    return dataclasses.replace(result, near_gap=Estimate.of(gap))
+def _with_gaps(result, costs, base):
+    near, far = (None if own is None else Estimate.of(own - other)
+                 for own, other in zip(costs, base))
+    return dataclasses.replace(result, near_gap=near, far_gap=far)
 
 
 def _measure(method, long_method, texts, planted, budget, sinks, chunk, workers, progress):
-    """(PolicyResult, bits of each near row past the budget)."""
+    """(PolicyResult, (bits of each near row past the budget, of each far row's last bucket))."""
     short, long = texts
     length = short.shape[1] - 1
     looks_from = budget + chunk
@@ -121,21 +123,22 @@ def _measure(method, long_method, texts, planted, budget, sinks, chunk, workers,
     if len(beyond) > 1:
         questions = asking.two_questions(model, planted, among=beyond, chunk=chunk,
                                          workers=workers, progress=progress)
-    far = None
+    far = far_cost = None
     if long.shape[1] > 1:
-        far = _far(long_method, long, chunk, workers, progress)
+        far, far_cost = _far(long_method, long, chunk, workers, progress)
     single = _single(method, short, budget, progress)
     return PolicyResult(
         name=method.name, budget=method.slots, nbytes=near.nbytes // len(short), near=near,
         near_gap=None, attention=attention, recall=remembered, questions=questions, far=far,
-        single_per_second=single,
-    ), cost[:, budget:].mean(axis=1)
+        far_gap=None, single_per_second=single,
+    ), (cost[:, budget:].mean(axis=1), far_cost)
 
 
 def _far(method, tokens, chunk, workers, progress):
     cost, seconds, readers = stream.stream_costs(shipped(method.make), tokens, chunk, workers,
                                                  progress)
-    return stream.summarise(cost, stream.doublings(cost.shape[1], 512), seconds, readers)
+    found = stream.summarise(cost, stream.doublings(cost.shape[1], 512), seconds, readers)
+    return found, cost[:, found.buckets[-1][0]:].mean(axis=1)
 
 
 def _single(method, tokens, budget, progress):

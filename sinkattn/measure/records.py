@@ -217,7 +217,8 @@ class PolicyResult(_Record):
     budget : tokens a kv head, None for all. nbytes : of the caches of one row, all layers, at the
     end of the trained length. near : streams of the trained length, before and after the budget is
     full; near_gap : bits after that, less those of sinks + window on the same rows. far : long
-    streams, positions counted in slots. single_per_second : one row, one token at a time.
+    streams, positions counted in slots; far_gap : the same in their last bucket.
+    single_per_second : one row, one token at a time.
     """
 
     name: str
@@ -229,6 +230,7 @@ class PolicyResult(_Record):
     recall: Recall
     questions: TwoQuestions | None
     far: Stream | None
+    far_gap: Estimate | None
     single_per_second: float
 
 

@@ -104,8 +104,10 @@ def _far(found):
     s = found.settings
     shown = [policy for policy in found.policies if policy.far]
     buckets = [f"{short(begin)}-{short(end)}" for begin, end in shown[0].far.buckets]
-    head = ["bits per byte, long streams", *buckets, "bytes/s", "single"]
+    head = ["bits per byte, long streams", *buckets, f"less {SINKS}", "bytes/s", "single"]
     lines = [[policy.name, *(f"{bits:.3f}" for bits in policy.far.bits),
+              "-" if policy.far_gap is None or policy.name == SINKS
+              else _wide(policy.far_gap, 3, sign=True),
               f"{policy.far.tokens_per_second:,.0f}", f"{policy.single_per_second:,.0f}"]
              for policy in shown]
     return table(head, lines) + (
