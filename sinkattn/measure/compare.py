@@ -9,18 +9,19 @@ from . import recall as asking
 from . import stream
 from .methods import SINKS, defaults, find
 from .models import shipped
-from .plants import plant
+from .plants import GAP, plant
 from .probe import Probe, summarise
 from .records import Comparison, Estimate, PolicyResult
 
 START = 256
 SINGLE_STEPS = 48
+LEAD = 64  # bytes before the farthest plant, where there is room
 LOOKS = 24  # queries of a row at which attention loss is taken, about
 
 
 def default_distances(budget, trained):
     """Two inside the budget where they fit, and some beyond it, up to the trained length."""
-    last = trained - 82  # room for two questions behind the farthest plant
+    last = trained - LEAD - 78  # room for two questions behind the farthest plant
     shares = (0.5, 0.82, 1.25, 1.7, 2.3, 3.2)
     found = []
     for share in shares:
@@ -63,11 +64,11 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
     near = [find(name, budget, sinks, recent, "original", shape) for name in policies]
     far = [find(name, budget, sinks, recent, "slot", shape) for name in policies]
     planted = plant(text, distances, plants, seed=seed)
-    again = planted.step if len(distances) > 1 else 0
-    reach = planted.context.shape[1] + again + planted.prompts.shape[2] + planted.answers.shape[2]
-    if reach > trained:
-        raise ValueError(f"distances reach to {max(distances)}: a row of {reach} tokens, expected "
-                         f"at most the trained length, {trained}")
+    if planted.reach > trained:
+        raise ValueError(f"distances reach to {max(distances)}: a row of {planted.reach} tokens, "
+                         f"expected at most the trained length, {trained}")
+    lead = min(LEAD, GAP + trained - planted.reach)
+    planted = plant(text, distances, plants, lead=lead, seed=seed)
     if not 1 <= budget < trained - chunk:
         raise ValueError(f"budget is {budget}, expected 1 to {trained - chunk - 1}, so that "
                          "something is forgotten within the trained length")
