@@ -93,7 +93,7 @@ static bool columns_of_chunk(const span *s, const sa_run *run, int64_t r0, int64
 static bool removed_for_all(const span *s, const sa_run *run, int64_t key)
 {
     for (int64_t head = s->kv_head * s->group; head < (s->kv_head + 1) * s->group; head++) {
-        if (!sa_removed(s->problem, run, head, key)) {
+        if (!sa_removed(s->problem, s->row, run, head, key)) {
             return false;
         }
     }
@@ -290,7 +290,7 @@ static void write_span(const span *s)
     const sa_problem *p = s->problem;
     for (int64_t r = 0; r < s->rows; r++) {
         const int64_t head = s->head[r], query = query_of(s, r);
-        const sa_softmax_end end = sa_softmax_close(s->maximum[r], s->sum[r], p->sinks[head]);
+        const sa_softmax_end end = sa_softmax_close(s->maximum[r], s->sum[r], p->sinks[s->row->first_head + head]);
         float *acc = s->acc + r * s->acc_stride;
         if (end.factor == 0.0f) { /* what was seen does not count: not even its NaN */
             memset(acc, 0, (size_t)s->acc_stride * sizeof *acc);
