@@ -291,6 +291,9 @@ def overhead(lab):
         tensors = [lab.tensors(q, k, v)]
         work.contestants.append(Contestant("sinkattn", "attend, torch tensors", attend, tensors,
                                            error))
+        from sinkattn.torch import attend as through_operator
+        work.contestants.append(Contestant("sinkattn", "attend, torch operator", through_operator,
+                                           tensors, error))
         work.contestants.append(Contestant(
             "torch", "SDPA", lab.torch.nn.functional.scaled_dot_product_attention, tensors, error))
     work.contestants.append(Contestant("NumPy", "matmul", peers.numpy_attention, [(q, k, v)],
