@@ -9,6 +9,7 @@ from tolerance import relative_error
 
 from sinkattn import attend, attend_backward, get_num_threads, reference, set_num_threads
 
+EXAMPLES = settings.default.max_examples if settings.default.max_examples > 100 else 20  # HYPOTHESIS_PROFILE=deep
 NOT_ATTEND = ("mass_reduce", "mass_queries")
 # A weight is exp(s - lse), and lse arrives in fp32: below 32 it is off by up to 1e-6, and the weight with it.
 FP32_RELATIVE = 5e-6
@@ -103,7 +104,7 @@ def check_backward(q, k, v, with_dlse=True, random=None, **keywords):
 
 
 @given(call=calls())
-@settings(max_examples=25)
+@settings(max_examples=EXAMPLES)
 def test_any_call_agrees_with_the_reference(call, table):
     """Features that are right one by one, and wrong together on one path of one table."""
     check_backward(call.q, call.k, call.v, **{n: x for n, x in call.keywords.items() if n not in NOT_ATTEND})
@@ -119,7 +120,7 @@ def test_long_rows_of_grouped_heads(keywords, dtype, table):
 
 
 @given(call=calls(dtypes=("float32",)))
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES)
 def test_what_no_query_sees_is_never_felt(call, table):
     """Padding, keys outside every window, removed columns, queries that are not real, and what out,
     lse and the gradients hold for these: all of them may be NaN."""
