@@ -1,4 +1,4 @@
-"""python -m sinkattn info | doctor | demo | bench"""
+"""python -m sinkattn info | doctor | demo | measure | bench"""
 
 import sys
 
@@ -6,6 +6,7 @@ COMMANDS = {
     "info": "what was built, which kernel table was chosen and why, what is missing",
     "doctor": "a self test against the reference, with a plain verdict",
     "demo": "a small language model streams real text past its trained length",
+    "measure": "what bounded caches keep and forget, at equal bytes, on the demo's model",
     "bench": "the kernels against torch, NumPy and this machine's own peaks",
 }
 
@@ -27,6 +28,9 @@ def main(arguments=None):
     if command == "demo":
         from sinkattn.demo import main as demo
         return demo(rest)
+    if command == "measure":
+        from sinkattn.measure.cli import main as measure
+        return measure(rest)
     if command == "bench":
         from sinkattn.bench import main as bench
         return bench(rest)

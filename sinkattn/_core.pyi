@@ -6,6 +6,7 @@ def attend(q: Any, k: Any, v: Any, causal: bool, window: Any, sinks: int, sink_l
            alibi_slopes: Any, starts: Any, lengths: Any, q_lengths: Any, cu_seqlens_q: Any,
            cu_seqlens_k: Any, out: Any, return_lse: bool, return_mass: bool, mass_reduce: str,
            mass_queries: int | None, /) -> Any: ...
+def attend_below_autograd(*arguments: Any) -> Any: ...
 def attend_backward(q: Any, k: Any, v: Any, causal: bool, window: Any, sinks: int,
                     sink_logits: Any, sink_bias: Any, sink_q: Any, sink_kv: Any,
                     scale: float | None, softcap: float | None, alibi_slopes: Any, starts: Any,

@@ -1,5 +1,9 @@
 """attend, its gradients, and merge: the public face of the kernels."""
 
+from sys import modules as _modules
+
+from numpy import ndarray as _ndarray
+
 from sinkattn import _core
 
 
@@ -43,9 +47,11 @@ def attend(q, k, v, *, causal=True, window=None, sinks=0, sink_logits=None, sink
     On CUDA the work goes to the caller's current stream and nothing waits; values of arrays there
     (lengths and the like) are clamped, not checked, unless SINKATTN_CHECK=1.
 
-    Raises TypeError and ValueError with the argument's name, NotImplementedError for other devices
-    and for tensors that require grad (there are no gradients yet; under ``torch.no_grad()`` they
-    pass), RuntimeError with the driver's text where CUDA fails.
+    Torch tensors that require grad get their gradients: the call then goes to the operator of
+    `sinkattn.torch`, which says more, as it does under torch.compile, autocast and vmap.
+
+    Raises TypeError and ValueError with the argument's name, NotImplementedError for other devices,
+    RuntimeError with the driver's text where CUDA fails.
 
     Method: pinned tokens and window from Xiao et al., "Efficient Streaming Language Models with
     Attention Sinks" (arXiv 2309.17453); sink logits as in the gpt-oss model card; one pass with
@@ -56,9 +62,13 @@ def attend(q, k, v, *, causal=True, window=None, sinks=0, sink_logits=None, sink
     >>> attend(q, k, v, window=4, sinks=1).shape
     (1, 2, 8, 16)
     """
-    return _core.attend(q, k, v, causal, window, sinks, sink_logits, sink_bias, sink_q, sink_kv,
-                        scale, softcap, alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q,
-                        cu_seqlens_k, out, return_lse, return_mass, mass_reduce, mass_queries)
+    call = _core.attend
+    if (type(q) is not _ndarray and "torch" in _modules
+            and _modules["torch"].compiler.is_dynamo_compiling()):  # which cannot look into C
+        from sinkattn.torch import attend_in_order as call
+    return call(q, k, v, causal, window, sinks, sink_logits, sink_bias, sink_q, sink_kv, scale,
+                softcap, alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k, out,
+                return_lse, return_mass, mass_reduce, mass_queries)
 
 
 def attend_backward(dout, q, k, v, out, lse, *, dlse=None, deterministic=True, causal=True,

@@ -15,7 +15,8 @@ from pathlib import Path
 from on_device import has_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ("cache.py", "config.py", "functional.py", "rope.py")  # commands speak to a person instead
+PACKAGE = ("cache.py", "config.py", "functional.py", "rope.py", *[f"torch/{path.name}" for path in
+           sorted((ROOT / "sinkattn/torch").glob("*.py"))])  # commands speak to a person instead
 STRING = r'"((?:[^"\\]|\\.)*)"'
 FORMAT = rf"((?:{STRING}|PRI\w64|\s)+)"
 NEEDS_GPU = ("csrc/cuda/", "csrc/python/bind_cuda_cache.c", "csrc/python/device.c")

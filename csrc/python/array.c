@@ -27,8 +27,7 @@ int sa_hold(sa_call *call, PyObject *owned)
     return 0;
 }
 
-/* An attribute that may be missing: 1 with an owned value, 0 without one, -1 with an exception. */
-static int optional_attribute(PyObject *object, PyObject *name, PyObject **value)
+int sa_optional_attribute(PyObject *object, PyObject *name, PyObject **value)
 {
     *value = PyObject_GetAttr(object, name);
     if (*value != NULL) {
@@ -153,7 +152,7 @@ static int raw_of_dltensor(sa_call *call, const char *name, const DLTensor *tens
 static const DLPackExchangeAPI *find_table(sa_call *call, PyTypeObject *type)
 {
     PyObject *capsule;
-    if (optional_attribute((PyObject *)type, call->module->exchange_name, &capsule) <= 0) {
+    if (sa_optional_attribute((PyObject *)type, call->module->exchange_name, &capsule) <= 0) {
         return NULL;
     }
     const DLPackExchangeHeader *header =
@@ -182,49 +181,6 @@ static const DLPackExchangeAPI *exchange_api(sa_call *call, PyObject *object)
 #else
     return find_table(call, Py_TYPE(object));
 #endif
-}
-
-static int grad_mode(void)
-{
-    PyObject *torch = PyDict_GetItemString(PyImport_GetModuleDict(), "torch");
-    PyObject *answer = torch != NULL ? PyObject_CallMethod(torch, "is_grad_enabled", NULL) : Py_NewRef(Py_True);
-    const int enabled = answer != NULL ? PyObject_IsTrue(answer) : -1;
-    Py_XDECREF(answer);
-    return enabled;
-}
-
-int sa_refuse_lost_state(sa_call *call, const char *name, PyObject *object)
-{
-    PyObject *flag;
-    const int found = optional_attribute(object, call->module->grad_name, &flag);
-    if (found <= 0) {
-        return found;
-    }
-    const int tracked = PyObject_IsTrue(flag);
-    Py_DECREF(flag);
-    const int enabled = tracked > 0 ? grad_mode() : 0;
-    if (tracked < 0 || enabled < 0) {
-        return -1;
-    }
-    if (enabled) {
-        PyErr_Format(PyExc_NotImplementedError,
-                     "%s(): %s requires grad, and this version has no gradients: call under torch.no_grad(), or pass %s.detach()",
-                     call->function, name, name);
-        return -1;
-    }
-    flag = PyObject_CallMethodNoArgs(object, call->module->negated_name);
-    if (flag == NULL && !PyErr_ExceptionMatches(PyExc_AttributeError)) {
-        return -1;
-    }
-    PyErr_Clear(); /* no such method: nothing is negated */
-    const bool negated = flag == Py_True;
-    Py_XDECREF(flag);
-    if (negated) {
-        PyErr_Format(PyExc_ValueError, "%s(): %s is a negated view, expected plain memory: pass %s.resolve_neg()", call->function, name,
-                     name);
-        return -1;
-    }
-    return 1;
 }
 
 /* Takes a capsule's tensor; the renamed capsule is held until the end of the call, whose deleter then runs. */
@@ -371,7 +327,7 @@ static int raw_of_exchange(sa_call *call, const char *name, PyObject *object, sa
 static int has_attribute(PyObject *object, PyObject *name)
 {
     PyObject *value = NULL;
-    const int found = optional_attribute(object, name, &value);
+    const int found = sa_optional_attribute(object, name, &value);
     Py_XDECREF(value);
     return found;
 }
@@ -397,7 +353,13 @@ int sa_raw_of_object(sa_call *call, const char *name, PyObject *object, sa_raw *
     like->api = exchange_api(call, object);
     if (like->api != NULL) {
         like->kind = SA_KIND_EXCHANGE;
-        return sa_refuse_lost_state(call, name, object) < 0 || raw_of_exchange(call, name, object, like, out) < 0 ? -1 : 1;
+        const int fit = sa_refuse_lost_state(call, name, object);
+        if (fit < 0) {
+            return -1;
+        }
+        const int read = raw_of_exchange(call, name, object, like, out);
+        call->to_operator = read < 0 && fit == 1 && call->has_operator; /* fake, batched, of torch.func: torch knows what to do */
+        return read < 0 ? -1 : 1;
     }
     if (PyErr_Occurred()) {
         return -1;

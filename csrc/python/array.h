@@ -16,6 +16,7 @@ typedef struct sa_module {
     PyTypeObject *cache_type, *cuda_cache_type, *buffer_type;
     PyObject *exchange_name, *dlpack_name, *device_name, *interface_name, *grad_name, *negated_name; /* interned */
     PyObject *libraries; /* sinkattn._libraries, once it was needed */
+    PyObject *autocast, *modes, *forward; /* torch's, once there was a tensor: see torch_state.c */
 #ifndef Py_GIL_DISABLED
     PyTypeObject *table_type; /* the last type that had an exchange table, and the table */
     const struct DLPackExchangeAPI *table;
@@ -50,6 +51,10 @@ typedef struct sa_call {
     bool device_known, stream_known;
     bool auxiliary;    /* what is being opened is no tensor */
     bool reads_device; /* auxiliary arrays on a device are copied to the host, which waits for them */
+    bool has_operator;   /* the function is also an operator of torch */
+    bool below_autograd; /* and it is the operator who calls: gradients are its business */
+    bool watched;        /* whether torch must see the call was asked */
+    bool to_operator;    /* it failed, and goes to the operator */
     bool wait;         /* until the work is done, before the call returns: a library does not tell its stream */
     void *stream;
     const DLPackExchangeAPI *stream_api; /* whose current stream it is, if a table told it */

@@ -86,9 +86,22 @@ static int run(sa_call *call, const sa_attend_params *params, const sa_like *lik
     return status == SA_OK ? 0 : -1;
 }
 
-static PyObject *attend(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+/* The same call through torch's dispatcher, which knows of gradients, of tensors without memory, of transformations. */
+static PyObject *through_operator(PyObject *const *arguments)
 {
-    sa_call call = {.module = sa_module_of(module), .function = "attend"};
+    PyErr_Clear();
+    PyObject *package = PyImport_ImportModule("sinkattn.torch");
+    PyObject *function = package != NULL ? PyObject_GetAttrString(package, "attend_in_order") : NULL;
+    PyObject *answer = function != NULL ? PyObject_Vectorcall(function, arguments, ARGUMENTS, NULL) : NULL;
+    Py_XDECREF(package);
+    Py_XDECREF(function);
+    return answer;
+}
+
+static PyObject *attend_called(PyObject *module, PyObject *const *arguments, Py_ssize_t count, bool below_autograd)
+{
+    sa_call call = {
+        .module = sa_module_of(module), .function = "attend", .has_operator = !below_autograd, .below_autograd = below_autograd};
     sa_attend_params params = {.function = "attend"};
     sa_results results = {0};
     PyObject *answer = NULL;
@@ -116,10 +129,22 @@ static PyObject *attend(PyObject *module, PyObject *const *arguments, Py_ssize_t
 end:
     sa_drop_results(&results);
     sa_call_end(&call);
-    return answer;
+    return answer == NULL && call.to_operator ? through_operator(arguments) : answer;
+}
+
+static PyObject *attend(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    return attend_called(module, arguments, count, false);
+}
+
+static PyObject *attend_below_autograd(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    return attend_called(module, arguments, count, true);
 }
 
 PyMethodDef sa_attend_methods[] = {
     {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, "Positional form of sinkattn.attend."},
+    {"attend_below_autograd", (PyCFunction)(void (*)(void))attend_below_autograd, METH_FASTCALL,
+     "The same, for torch's operator: requires_grad is not looked at."},
     {0},
 };

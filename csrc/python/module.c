@@ -48,6 +48,9 @@ static int traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->cuda_cache_type);
     Py_VISIT(state->buffer_type);
     Py_VISIT(state->libraries);
+    Py_VISIT(state->autocast);
+    Py_VISIT(state->modes);
+    Py_VISIT(state->forward);
 #ifndef Py_GIL_DISABLED
     Py_VISIT(state->table_type);
 #endif
@@ -61,6 +64,9 @@ static int clear(PyObject *module)
     Py_CLEAR(state->cuda_cache_type);
     Py_CLEAR(state->buffer_type);
     Py_CLEAR(state->libraries);
+    Py_CLEAR(state->autocast);
+    Py_CLEAR(state->modes);
+    Py_CLEAR(state->forward);
 #ifndef Py_GIL_DISABLED
     Py_CLEAR(state->table_type);
 #endif

@@ -25,6 +25,9 @@ int sa_raw_of_numpy(sa_call *call, const char *name, PyArrayObject *array, sa_ra
 /* ml_dtypes' bfloat16, by the last part of its type's name: NumPy has no number for it. */
 bool sa_is_bfloat16(PyArray_Descr *descr);
 
+/* An attribute that may be missing: 1 with an owned value, 0 without one, -1 with an exception. */
+int sa_optional_attribute(PyObject *object, PyObject *name, PyObject **value);
+
 /* What a torch tensor knows beside its memory and the exchange drops without a word. 1: torch-like and fit, 0: not torch-like, -1. */
 int sa_refuse_lost_state(sa_call *call, const char *name, PyObject *object);
 

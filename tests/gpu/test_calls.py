@@ -150,10 +150,9 @@ def test_a_gradient_is_never_dropped_in_silence(name, torch):
     x = torch.randn(1, 2, 5, 16, device="cuda")
     arguments = {"q": x, "k": x, "v": x, "sink_logits": torch.zeros(2, device="cuda"), "sinks": 1, "sink_q": x}
     arguments[name] = arguments[name].clone().requires_grad_()
-    with pytest.raises(NotImplementedError, match=rf"attend\(\): {name} requires grad"):
-        attend(**arguments)
+    assert attend(**arguments).requires_grad
     with torch.no_grad():
-        attend(**arguments)
+        assert not attend(**arguments).requires_grad
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 8), (2, 2, 0, 8)])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from oracle import dtype_of, normal
 
-from sinkattn import Rope, attend, merge
+from sinkattn import Rope, SinkCache, attend, merge
 
 F = np.float32
 X = np.ones((1, 2, 5, 16), F)
@@ -104,17 +104,22 @@ class TestTorch:
             Rope(self.torch.ones(4, requires_grad=True))
 
     def test_tensors_without_memory_are_refused(self):
-        """Fake and zero tensors have a null pointer; meta, sparse and vmapped ones none at all."""
+        """Fake and zero tensors have a null pointer; meta, sparse and vmapped ones none at all. The
+        operator takes the fake and the meta ones for attend, if all of them are."""
         torch = self.torch
         from torch._subclasses.fake_tensor import FakeTensorMode
-        for x in (torch._efficientzerotensor((1, 2, 5, 16)), torch.ones(1, 2, 5, 16, device="meta"),
-                  self.x.to_sparse()):
-            with pytest.raises(ValueError, match=r"attend\(\): q (has no memory|cannot be read)"):
-                attend(x, self.x, self.x)
         with FakeTensorMode():
-            x = torch.ones(1, 2, 5, 16)
-        with pytest.raises(ValueError, match=r"attend\(\): q (has no memory|cannot be read)"):
-            attend(x, self.x, self.x)
+            fake = torch.ones(1, 2, 5, 16)
+        zero, sparse = torch._efficientzerotensor((1, 2, 5, 16)), self.x.to_sparse()
+        meta = torch.ones(1, 2, 5, 16, device="meta")
+        cache = SinkCache(1, 2, 16)
+        for x in (fake, zero, sparse, meta):
+            with pytest.raises(ValueError, match=r"attend\(\): q (has no memory|cannot be read)"):
+                cache.attend(x, self.x, self.x)
+        for x, match in ((zero, "the last axis of q has stride 0"), (sparse, "q is sparse"),
+                         (meta, r"k is on cpu, expected meta \(the device of q\)")):
+            with pytest.raises(ValueError, match=r"attend\(\): " + match):
+                attend(x, self.x, self.x)
 
     def test_an_unaligned_tensor_is_refused(self):
         x = self.torch.frombuffer(bytearray(4 * 160 + 1), dtype=self.torch.float32, offset=1,

