@@ -1,5 +1,7 @@
 """attend_backward: the reference against differences, the kernels against the reference."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,9 +11,9 @@ from tolerance import relative_error
 
 from sinkattn import attend, attend_backward, get_num_threads, reference, set_num_threads
 
-EXAMPLES = settings.default.max_examples if settings.default.max_examples > 100 else 20  # HYPOTHESIS_PROFILE=deep
+EXAMPLES = int(os.environ.get("SINKATTN_BACKWARD_EXAMPLES", "20"))
 NOT_ATTEND = ("mass_reduce", "mass_queries")
-# A weight is exp(s - lse), and lse arrives in fp32: below 32 it is off by up to 1e-6, and the weight with it.
+# A weight is exp(s - lse), and lse arrives in fp32: below 32 it is off by up to 1e-6, and the weight with it; beyond, by as much more.
 FP32_RELATIVE = 5e-6
 HALF_RELATIVE = {"float16": 3e-3, "bfloat16": 2.5e-2}  # roundings of P, dS, out and the result
 
@@ -93,13 +95,14 @@ def check_backward(q, k, v, with_dlse=True, random=None, **keywords):
     got = attend_backward(dout, q, k, v, out, lse, dlse=dlse, **keywords)
     expected = flat(reference.attend_backward(dout, q, k, v, out, lse, dlse=dlse, **keywords))
     scale = sum(np.linalg.norm(x) for x in expected.values())
+    bound = HALF_RELATIVE.get(dtype, FP32_RELATIVE * max(1.0, np.abs(lse[np.isfinite(lse)]).max(initial=0.0) / 32))
     for name, gradient in flat(got).items():
         assert gradient.dtype == (np.float32 if name in ("sink_logits", "sink_bias") else q.dtype), name
         wanted = expected[name]
-        if np.linalg.norm(wanted) < 1e-4 * scale:       # what cancels keeps the errors of its terms
-            assert np.linalg.norm(gradient.astype(float) - wanted) <= HALF_RELATIVE.get(dtype, 1e-5) * 1e-3 * scale
+        if np.linalg.norm(wanted) < 1e-3 * scale:       # what cancels keeps the errors of its terms
+            assert np.linalg.norm(gradient.astype(float) - wanted) <= bound * 1e-3 * scale, name
         else:
-            assert relative_error(gradient, wanted) <= HALF_RELATIVE.get(dtype, FP32_RELATIVE), name
+            assert relative_error(gradient, wanted) <= bound, name
     return got
 
 
