@@ -167,6 +167,106 @@ const void *sa_cache_values(const sa_cache *cache);
  * than the ring has room for. Slots that the lengths say are unused are cleared. */
 sa_status sa_cache_restore(sa_cache *cache, const void *keys, const void *values, const int64_t *lengths, const int64_t *lows);
 
+/* --- eviction by policy --------------------------------------------------------------------------------------------------------- */
+
+typedef enum sa_policy_kind {
+    SA_POLICY_SINK_WINDOW,
+    SA_POLICY_H2O,
+    SA_POLICY_H2O_NORM,
+    SA_POLICY_H2O_EMA,
+    SA_POLICY_V_LENGTH_H2O,
+    SA_POLICY_SCISSORHANDS,
+    SA_POLICY_TOVA,
+    SA_POLICY_SNAP_KV,
+    SA_POLICY_KEY_DIFF,
+    SA_POLICY_K_NORM,
+    SA_POLICY_CUR,
+    SA_POLICY_EXPECTED_ATTENTION,
+    SA_POLICY_RANDOM,
+    SA_POLICY_CUSTOM,
+    SA_POLICY_COUNT,
+} sa_policy_kind;
+
+/* A rule and its numbers: those that it has no use for are 0. */
+typedef struct sa_policy {
+    sa_policy_kind kind;
+    int64_t window; /* queries or tokens that it looks at together */
+    int64_t kernel; /* neighbours that are pooled, odd */
+    bool maximum;   /* pooled by maximum, else by mean */
+    double decay;
+    uint64_t seed;
+} sa_policy;
+
+typedef struct sa_kv_config {
+    int64_t batch, heads_kv, depth, depth_v;
+    const int64_t *budgets; /* [heads_kv] tokens of each kv head, copied; with a share: the least */
+    double share;           /* of the tokens seen; 0: the budgets alone */
+    int64_t pinned, recent; /* first and last tokens that always stay */
+    int64_t every;          /* tokens between evictions */
+    int64_t part;           /* a longer call is cut into parts of so many tokens, between which tokens leave */
+    int64_t log;            /* departures that a ledger remembers one by one */
+    bool track_mass;        /* for the ledger, where the policy needs none */
+    sa_policy policy;
+    sa_dtype dtype;
+    const double *inv_freq; /* [rotated / 2], copied; NULL: no rotation */
+    int64_t inv_freq_count;
+    double attention_scaling;
+    bool interleaved, applied;
+    bool slot_positions; /* distances count the tokens held, else text */
+} sa_kv_config;
+
+typedef struct sa_kv_cache sa_kv_cache;
+struct sa_candidates;
+struct sa_ledger;
+struct sa_departure;
+
+/* The scores of a Custom policy, asked of the calling thread: [candidates]. Anything but SA_OK ends the call and nothing has changed. */
+typedef struct sa_kv_scorer {
+    sa_status (*score)(void *context, const struct sa_candidates *all, double *scores);
+    void *context;
+} sa_kv_scorer;
+
+sa_status sa_kv_new(const sa_kv_config *config, sa_kv_cache **cache);
+void sa_kv_free(sa_kv_cache *cache);
+sa_status sa_kv_clone(const sa_kv_cache *cache, sa_kv_cache **copy);
+const sa_kv_config *sa_kv_describe(const sa_kv_cache *cache);
+int64_t sa_kv_nbytes(const sa_kv_cache *cache);
+int64_t sa_kv_most_slots(const sa_kv_cache *cache); /* of a kv head: the extent of a call's mass */
+
+/* Attend, learn, evict. params as of a SinkCache, without mass: sa_kv_take_mass gives it after a call with keep_mass. The cache changes
+ * only when SA_OK is returned. */
+sa_status sa_kv_attend_check(const sa_kv_cache *cache, const sa_attend_params *params);
+sa_status sa_kv_reserve(sa_kv_cache *cache, const sa_attend_params *params); /* room for a checked call: sa_kv_most_slots is then that of after it */
+sa_status sa_kv_attend(sa_kv_cache *cache, const sa_attend_params *params, const sa_kv_scorer *scorer, bool keep_mass, sa_poll poll);
+
+/* Mass that the tokens held now received in the last call that kept it, in order of position, zero beyond: [batch, heads_kv, most_slots]. */
+void sa_kv_take_mass(const sa_kv_cache *cache, float *mass);
+
+const int64_t *sa_kv_lengths(const sa_kv_cache *cache); /* [batch] tokens seen */
+
+/* Positions that a kv head of a row holds, ascending; room for sa_kv_most_slots. Returns how many. */
+int64_t sa_kv_kept(const sa_kv_cache *cache, int64_t row, int64_t head, int64_t *positions);
+const struct sa_ledger *sa_kv_ledger(const sa_kv_cache *cache, int64_t row, int64_t head);
+const struct sa_departure *sa_kv_log(const sa_kv_cache *cache, int64_t row, int64_t head); /* [config->log] */
+int64_t sa_kv_head_bytes(const sa_kv_cache *cache, int64_t head); /* keys and values of what fits a kv head of a row */
+
+void sa_kv_reset(sa_kv_cache *cache, const bool *rows); /* [batch], NULL: all */
+sa_status sa_kv_reorder(sa_kv_cache *cache, const int64_t *index, int64_t count);
+sa_status sa_kv_crop(sa_kv_cache *cache, int64_t length);
+
+/* Everything that a cache knows, in blocks of memory: keys, values, positions, states, held, lengths, evicted_at, ledgers, log, statistics.
+ * sa_kv_restore checks what blocks say, and that they are as long as `slots` [heads_kv] of each kv head make them, before it takes them
+ * over; on failure nothing has changed. */
+typedef struct sa_kv_block {
+    void *data;
+    int64_t bytes;
+} sa_kv_block;
+
+enum { SA_KV_BLOCKS = 10 };
+void sa_kv_blocks(const sa_kv_cache *cache, sa_kv_block blocks[SA_KV_BLOCKS]);
+sa_status sa_kv_restore(sa_kv_cache *cache, const int64_t *slots, const sa_kv_block given[SA_KV_BLOCKS]);
+const int64_t *sa_kv_slots(const sa_kv_cache *cache); /* [heads_kv] of each kv head of a row */
+
 /* --- the machine ---------------------------------------------------------------------------------------------------------------- */
 
 /* Kernel tables: "reference", "avx2", "avx512", "avx512bf16", "neon", "neonbf16". The best usable one is chosen once; SINKATTN_CPU=<name> overrides. */

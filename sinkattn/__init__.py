@@ -2,6 +2,7 @@
 
 attend      attention with pinned tokens, a window, and every kind of sink
 SinkCache   a stream in bounded memory: pinned tokens and a ring of recent ones
+KVCache     a stream in a budget, evicted by a policy of sinkattn.policy
 Rope        rotary positions for a cache
 merge       joins attention over disjoint keys
 attend_backward   the gradients of attend
@@ -15,12 +16,17 @@ from pkgutil import extend_path
 # which has the compiled core: both belong to the package.
 __path__ = extend_path(__path__, __name__)
 
+from sinkattn import policy
 from sinkattn.cache import SinkCache
 from sinkattn.config import __version__, get_num_threads, set_num_threads, show_config
 from sinkattn.functional import attend, attend_backward, merge
+from sinkattn.kv_cache import KVCache, pyramid
+from sinkattn.ledger import Ledger
 from sinkattn.rope import Rope
 
 __all__ = [
+    "KVCache",
+    "Ledger",
     "Rope",
     "SinkCache",
     "__version__",
@@ -28,6 +34,8 @@ __all__ = [
     "attend_backward",
     "get_num_threads",
     "merge",
+    "policy",
+    "pyramid",
     "set_num_threads",
     "show_config",
 ]

@@ -12,22 +12,26 @@ _STATE_VERSION = 1
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
-def _dtype_name(dtype):
+def dtype_name(dtype, owner):
+    """"float32", "float16" or "bfloat16" for the name or the dtype object of a library."""
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     name = name.removeprefix("torch.")
     if name not in _DTYPES:
-        raise TypeError(f"SinkCache(): dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
+        raise TypeError(f"{owner}(): dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
     return name
 
 
-def _integer(name, value):
+def integer(name, value, owner):
+    """An int of 64 bits; bool is none."""
     if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"SinkCache(): {name} is bool, expected an int")
+        raise TypeError(f"{owner}(): {name} is bool, expected an int")
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        raise TypeError(
-            f"SinkCache(): {name} is {type(value).__name__}, expected an int") from None
+        raise TypeError(f"{owner}(): {name} is {type(value).__name__}, expected an int") from None
+    if not -2**63 <= number < 2**63:
+        raise ValueError(f"{owner}(): {name} does not fit 64 bits")
+    return number
 
 
 def _cuda_ordinal(device):
@@ -100,11 +104,9 @@ class SinkCache:
         numbers = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim,
                    "v_head_dim": head_dim if v_head_dim is None else v_head_dim,
                    "sinks": sinks, "window": window, "rollback": rollback}
-        self._numbers = {name: _integer(name, value) for name, value in numbers.items()}
-        self._dtype, self._rope, self._positions = _dtype_name(dtype), rope, positions
-        for name, value in self._numbers.items():
-            if not -2**63 <= value < 2**63:
-                raise ValueError(f"SinkCache(): {name} does not fit 64 bits")
+        self._numbers = {name: integer(name, value, "SinkCache")
+                         for name, value in numbers.items()}
+        self._dtype, self._rope, self._positions = dtype_name(dtype, "SinkCache"), rope, positions
         self._core = self._make(storage)
 
     def _make(self, storage):
@@ -160,24 +162,7 @@ class SinkCache:
 
     def reset(self, rows=None):
         """Empties rows (indices or a bool mask [batch]); all of them by default."""
-        if rows is None:
-            return self._core.reset(None)
-        batch = self._numbers["batch"]
-        rows = np.asarray(rows)
-        mask = np.zeros(batch, bool)
-        if rows.dtype == bool:
-            if rows.shape != (batch,):
-                raise ValueError(f"reset(): rows has shape {list(rows.shape)}, expected [{batch}]")
-            mask[:] = rows
-        elif rows.size == 0:
-            pass
-        elif rows.dtype.kind not in "iu":
-            raise TypeError(f"reset(): rows has dtype {rows.dtype}, expected indices or a mask")
-        elif ((rows < 0) | (rows >= batch)).any():
-            raise ValueError(f"reset(): rows holds an index outside 0 to {batch - 1}")
-        else:
-            mask[rows] = True
-        return self._core.reset(mask.tobytes())
+        self._core.reset(row_mask(rows, self._numbers["batch"]))
 
     def reorder(self, index):
         """Row i becomes what row index[i] was: int [batch], repeats allowed (beams)."""
@@ -208,16 +193,12 @@ class SinkCache:
 
     def _described(self):
         """The construction as NumPy scalars: what a state must have in common with a cache."""
-        rope = self._rope
         return {
             "version": np.int64(_STATE_VERSION),
             **{name: np.int64(value) for name, value in self._numbers.items()},
             "dtype": np.str_(self._dtype),
             "positions": np.str_(self._positions),
-            "rope_inv_freq": np.empty(0) if rope is None else np.array(rope.inv_freq),
-            "rope_interleaved": np.bool_(rope is not None and rope.interleaved),
-            "rope_applied": np.bool_(rope is not None and rope.applied),
-            "rope_attention_scaling": np.float64(1.0 if rope is None else rope.attention_scaling),
+            **describe_rope(self._rope),
         }
 
     def _stored(self):
@@ -241,12 +222,8 @@ class SinkCache:
     def load_state_dict(self, state):
         """Resumes what `state_dict` saved, in a cache constructed alike. Every field is checked;
         a refused state leaves the cache as it was."""
-        arrays = {name: _field(state, name, np.shape(mine), np.asarray(mine).dtype)
-                  for name, mine in self._described().items()}
-        for name, mine in self._described().items():
-            if not np.array_equal(arrays[name], mine):
-                raise ValueError(f"load_state_dict(): {name} is {arrays[name]}, expected {mine}")
-        stored = [_field(state, name, shape, np.dtype(dtype))
+        check_described(state, self._described())
+        stored = [field(state, name, shape, np.dtype(dtype))
                   for name, (shape, dtype) in self._stored().items()]
         self._core.load(*[np.ascontiguousarray(array).tobytes() for array in stored])
 
@@ -259,7 +236,48 @@ class SinkCache:
                 f"{self.nbytes} bytes)")
 
 
-def _field(state, name, shape, dtype):
+def row_mask(rows, batch):
+    """Rows, as indices or a bool mask [batch], as the bytes of a mask; None for None."""
+    if rows is None:
+        return None
+    rows = np.asarray(rows)
+    mask = np.zeros(batch, bool)
+    if rows.dtype == bool:
+        if rows.shape != (batch,):
+            raise ValueError(f"reset(): rows has shape {list(rows.shape)}, expected [{batch}]")
+        mask[:] = rows
+    elif rows.size == 0:
+        pass
+    elif rows.dtype.kind not in "iu":
+        raise TypeError(f"reset(): rows has dtype {rows.dtype}, expected indices or a mask")
+    elif ((rows < 0) | (rows >= batch)).any():
+        raise ValueError(f"reset(): rows holds an index outside 0 to {batch - 1}")
+    else:
+        mask[rows] = True
+    return mask.tobytes()
+
+
+def describe_rope(rope):
+    """The fields of a state that say how a cache turns."""
+    return {
+        "rope_inv_freq": np.empty(0) if rope is None else np.array(rope.inv_freq),
+        "rope_interleaved": np.bool_(rope is not None and rope.interleaved),
+        "rope_applied": np.bool_(rope is not None and rope.applied),
+        "rope_attention_scaling": np.float64(1.0 if rope is None else rope.attention_scaling),
+    }
+
+
+def check_described(state, mine):
+    """Does a state come from a cache that was constructed alike?"""
+    arrays = {name: field(state, name, np.shape(value), np.asarray(value).dtype)
+              for name, value in mine.items()}
+    for name, value in mine.items():
+        if not np.array_equal(arrays[name], value):
+            raise ValueError(f"load_state_dict(): {name} is {arrays[name]}, expected {value}")
+
+
+def field(state, name, shape, dtype):
+    """An array of a state, of the shape and dtype that it must have."""
     try:
         array = state[name]
     except (KeyError, TypeError, IndexError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from on_device import has_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ("cache.py", "config.py", "functional.py", "rope.py", *[f"torch/{path.name}" for path in
+PACKAGE = ("cache.py", "config.py", "functional.py", "kv_cache.py", "policy.py", "rope.py", *[f"torch/{path.name}" for path in
            sorted((ROOT / "sinkattn/torch").glob("*.py"))])  # commands speak to a person instead
 STRING = r'"((?:[^"\\]|\\.)*)"'
 FORMAT = rf"((?:{STRING}|PRI\w64|\s)+)"

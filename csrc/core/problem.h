@@ -19,6 +19,7 @@ typedef enum sa_run_kind {
     SA_RUN_PLAIN,   /* causality and window decide */
     SA_RUN_PINNED,  /* causality alone; sink_query and sink_bias apply */
     SA_RUN_LEARNED, /* seen by every query; neither bias nor ALiBi */
+    SA_RUN_HELD,    /* seen by every query: keys in any order, all of them before query 0 */
 } sa_run_kind;
 
 typedef struct sa_run {
@@ -27,6 +28,7 @@ typedef struct sa_run {
     int64_t key_head_stride, key_stride, value_head_stride, value_stride;
     int64_t count;
     int64_t position;   /* of the first key, in the row's own count; pinned runs: also the column of sink_bias */
+    const float *back;  /* held runs: how far each key lies before query 0, for ALiBi; as many numbers as whole blocks have keys */
     int64_t mass_skip;  /* keys at the front whose mass is not reported */
     int64_t mass_index; /* where the mass of key `mass_skip` goes; < 0: no key of this run is reported */
     sa_run_kind kind;
@@ -44,6 +46,7 @@ typedef struct sa_row {
     int64_t query_total; /* with the padded ones behind: output 0, lse -inf */
     int64_t position;    /* of query 0; may be negative */
     int64_t mass_first;  /* first query whose weights count for the mass */
+    int64_t first_head;  /* in sinks and sink_bias, of the row's head 0: a row may be one kv head of a larger call */
     sa_run runs[SA_MAX_RUNS];
     int run_count;
 } sa_row;
@@ -63,6 +66,7 @@ typedef struct sa_problem {
     int64_t bias_stride;
     int64_t pinned_query_limit; /* ALiBi distances to pinned keys are taken as if the query stood at most here */
     sa_mass_reduce mass_reduce;
+    int64_t mass_query_stride;  /* > 0: nothing is reduced, the mass of query mass_first + i goes to mass + i * mass_query_stride */
     sa_row *rows;
     int64_t row_count;
 } sa_problem;
@@ -95,7 +99,7 @@ typedef struct sa_backward {
 /* Keys of a run, by their index in it, that a query at `position` sees. */
 static inline sa_range sa_visible(const sa_run *run, bool causal, int64_t window, int64_t position)
 {
-    if (run->kind == SA_RUN_LEARNED || (run->kind == SA_RUN_PINNED && !causal)) {
+    if (run->kind == SA_RUN_LEARNED || run->kind == SA_RUN_HELD || (run->kind == SA_RUN_PINNED && !causal)) {
         return (sa_range){0, run->count};
     }
     const int64_t ahead = causal ? 1 : window;
@@ -109,7 +113,7 @@ static inline sa_range sa_visible(const sa_run *run, bool causal, int64_t window
 /* Queries of a row, by their index in it, that see key `key` of a run: sa_visible from the other side. */
 static inline sa_range sa_seen_by(const sa_run *run, bool causal, int64_t window, const sa_row *row, int64_t key)
 {
-    if (run->kind == SA_RUN_LEARNED || (run->kind == SA_RUN_PINNED && !causal)) {
+    if (run->kind == SA_RUN_LEARNED || run->kind == SA_RUN_HELD || (run->kind == SA_RUN_PINNED && !causal)) {
         return (sa_range){0, row->query_count};
     }
     const int64_t level = run->position + key - row->position; /* the query that stands at the key */
@@ -117,11 +121,18 @@ static inline sa_range sa_seen_by(const sa_run *run, bool causal, int64_t window
     return (sa_range){low, run->kind == SA_RUN_PINNED ? row->query_count : clamp_i64(level + window, low, row->query_count)};
 }
 
-/* A bias of -inf takes a pinned column away from a head, whatever its key and value hold. */
-static inline bool sa_removed(const sa_problem *problem, const sa_run *run, int64_t head, int64_t key)
+/* The biases of a head, from the column of a run's first key on. NULL: none. */
+static inline const float *sa_bias(const sa_problem *problem, const sa_row *row, const sa_run *run, int64_t head)
 {
-    return run->kind == SA_RUN_PINNED && problem->sink_bias != NULL &&
-           problem->sink_bias[head * problem->bias_stride + run->position + key] == -INFINITY;
+    const bool has = run->kind == SA_RUN_PINNED && problem->sink_bias != NULL;
+    return has ? problem->sink_bias + (row->first_head + head) * problem->bias_stride + run->position : NULL;
+}
+
+/* A bias of -inf takes a pinned column away from a head, whatever its key and value hold. */
+static inline bool sa_removed(const sa_problem *problem, const sa_row *row, const sa_run *run, int64_t head, int64_t key)
+{
+    const float *bias = sa_bias(problem, row, run, head);
+    return bias != NULL && bias[key] == -INFINITY;
 }
 
 /* Where the mass of key `index` of a run goes, < 0 for nowhere. */

@@ -90,11 +90,11 @@ static bool columns_of_chunk(const span *s, const sa_run *run, int64_t r0, int64
 }
 
 /* Is a pinned column removed for every head of a kv head's group? Then nobody sees what its key and value hold. */
-static bool removed_for_group(const sa_problem *p, const sa_run *run, int64_t kv_head, int64_t key)
+static bool removed_for_group(const sa_problem *p, const sa_row *row, const sa_run *run, int64_t kv_head, int64_t key)
 {
     const int64_t group = p->heads_q / p->heads_kv;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-        if (!sa_removed(p, run, head, key)) {
+        if (!sa_removed(p, row, run, head, key)) {
             return false;
         }
     }
@@ -103,7 +103,7 @@ static bool removed_for_group(const sa_problem *p, const sa_run *run, int64_t kv
 
 static bool removed_for_all(const span *s, const sa_run *run, int64_t key)
 {
-    return removed_for_group(s->problem, run, s->kv_head, key);
+    return removed_for_group(s->problem, s->row, run, s->kv_head, key);
 }
 
 static bool removes_any(const span *s, const sa_run *run, int64_t begin, sa_range need)
@@ -296,7 +296,7 @@ static void write_span(const span *s)
     const sa_problem *p = s->problem;
     for (int64_t r = 0; r < s->rows; r++) {
         const int64_t head = s->head[r], query = query_of(s, r);
-        const sa_softmax_end end = sa_softmax_close(s->maximum[r], s->sum[r], p->sinks[head]);
+        const sa_softmax_end end = sa_softmax_close(s->maximum[r], s->sum[r], p->sinks[s->row->first_head + head]);
         float *acc = s->acc + r * s->acc_stride;
         if (end.factor == 0.0f) { /* what was seen does not count: not even its NaN */
             memset(acc, 0, (size_t)s->acc_stride * sizeof *acc);

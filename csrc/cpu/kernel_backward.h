@@ -174,7 +174,7 @@ static void load_block(key_block *b, int64_t begin, int64_t end)
     memset(b->key_panels, 0, (size_t)(BLOCK_KEYS * b->acc_stride) * sizeof(float));
     value_packer(p->dtype, b->pairs)(key, run->key_stride, p->depth, low, high, b->key_panels);
     for (int64_t r = low; r < high; r++) {
-        if (removed_for_group(p, run, b->kv_head, begin + r)) {
+        if (removed_for_group(p, row, run, b->kv_head, begin + r)) {
             memset(b->keys + r * b->stride, 0, (size_t)b->stride * sizeof(float));
             memset(b->values + r * b->stride_v, 0, (size_t)b->stride_v * sizeof(float));
             zero_panel_rows(b->pairs, b->key_panels, p->depth, r, r + 1);

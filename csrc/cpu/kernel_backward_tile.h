@@ -105,9 +105,9 @@ static key_terms terms_of_key(const key_block *b, const query_tile *t, int64_t r
     const sa_problem *p = &b->backward->forward;
     const sa_row *row = &p->rows[b->index];
     key_terms terms = {.scale = p->softcap > 0.0f ? p->scale : (float)((double)p->scale * SA_LOG2E), .softcap = p->softcap};
-    if (b->run->kind == SA_RUN_PINNED && p->sink_bias != NULL) {
-        const float bias = p->sink_bias[t->head * p->bias_stride + b->run->position + b->begin + r];
-        terms.bias = (float)((double)bias * SA_LOG2E);
+    const float *bias = sa_bias(p, row, b->run, t->head);
+    if (bias != NULL) {
+        terms.bias = (float)((double)bias[b->begin + r] * SA_LOG2E);
     }
     if (b->run->kind != SA_RUN_LEARNED && row->alibi != NULL) {
         terms.slope = (float)((double)row->alibi[t->head] * SA_LOG2E);
@@ -192,10 +192,11 @@ static float any_row(bool pairs, const query_tile *t, const key_terms *terms, sa
 static sa_range columns_of_key(const key_block *b, const query_tile *t, int64_t r)
 {
     const sa_problem *p = &b->backward->forward;
-    if (sa_removed(p, b->run, t->head, b->begin + r)) {
+    const sa_row *row = &p->rows[b->index];
+    if (sa_removed(p, row, b->run, t->head, b->begin + r)) {
         return (sa_range){0, 0};
     }
-    const sa_range seen = sa_seen_by(b->run, p->causal, p->windows[t->head], &p->rows[b->index], b->begin + r);
+    const sa_range seen = sa_seen_by(b->run, p->causal, p->windows[t->head], row, b->begin + r);
     return (sa_range){clamp_i64(seen.low - t->first, 0, TILE_QUERIES), clamp_i64(seen.high - t->first, 0, TILE_QUERIES)};
 }
 

@@ -58,6 +58,21 @@ static void add_row_mass(const mass_tile *m, int64_t r, int64_t begin, float *sc
     }
 }
 
+/* Nothing reduced: the means of the tile's queries as they are. */
+static void write_query_mass(const mass_tile *m, int64_t begin)
+{
+    const span *s = &m->s;
+    for (int64_t query = 0; query < s->count; query++) {
+        float *mass = s->row->mass + (s->first + query - s->row->mass_first) * s->problem->mass_query_stride;
+        for (int64_t i = 0; i < BLOCK_KEYS && begin + i < m->run->count; i++) {
+            const int64_t slot = sa_mass_slot(m->run, begin + i);
+            if (slot >= 0) {
+                mass[slot] = m->mean[query * BLOCK_KEYS + i];
+            }
+        }
+    }
+}
+
 static void add_tile_mass(const mass_tile *m, int64_t block)
 {
     const span *s = &m->s;
@@ -73,6 +88,10 @@ static void add_tile_mass(const mass_tile *m, int64_t block)
             add_row_mass(m, r0 + r, begin, s->scores + r * SCORE_STRIDE);
         }
     }
+    if (s->problem->mass_query_stride > 0) {
+        write_query_mass(m, begin);
+        return;
+    }
     const bool sum = s->problem->mass_reduce == SA_MASS_SUM;
     for (int64_t query_index = 0; query_index < s->count; query_index++) {
         for (int64_t i = 0; i < BLOCK_KEYS; i++) {
@@ -85,6 +104,9 @@ static void add_tile_mass(const mass_tile *m, int64_t block)
 static void write_mass(const mass_tile *m)
 {
     const span *s = &m->s;
+    if (s->problem->mass_query_stride > 0) {
+        return;
+    }
     float *mass = s->row->mass + s->kv_head * s->problem->mass_head_stride;
     for (int64_t i = 0; i < m->blocks * BLOCK_KEYS && m->begin + i < m->run->count; i++) {
         const int64_t slot = sa_mass_slot(m->run, m->begin + i);
@@ -192,19 +214,21 @@ static sa_status attend(const sa_problem *problem, sa_poll poll)
     float *lse = NULL;
     sa_status status = SA_OK;
     if (problem->rows[0].lse == NULL) {
-        int64_t queries = 0;
+        int64_t queries = 0; /* of all rows: a head's lse holds them end to end */
         for (int64_t i = 0; i < problem->row_count; i++) {
-            queries = max_i64(queries, problem->rows[i].query_total);
+            queries += problem->rows[i].query_total;
         }
-        const int64_t each = queries * problem->heads_q;
+        const int64_t count = queries * problem->heads_q;
         rows = malloc((size_t)problem->row_count * sizeof *rows);
-        lse = malloc((size_t)max_i64(problem->row_count * each, 1) * sizeof *lse);
+        lse = malloc((size_t)max_i64(count, 1) * sizeof *lse);
         if (rows == NULL || lse == NULL) {
-            status = sa_no_memory("lse", problem->row_count * each * (int64_t)sizeof *lse);
+            status = sa_no_memory("lse", count * (int64_t)sizeof *lse);
         } else {
             memcpy(rows, problem->rows, (size_t)problem->row_count * sizeof *rows);
+            float *next = lse;
             for (int64_t i = 0; i < problem->row_count; i++) {
-                rows[i].lse = lse + i * each;
+                rows[i].lse = next;
+                next += rows[i].query_total;
             }
             with_lse.rows = rows;
             with_lse.lse_head_stride = queries;

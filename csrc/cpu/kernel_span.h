@@ -120,7 +120,8 @@ typedef struct row_terms {
     const float *bias;   /* of column 0 of the block, NULL: none */
     int64_t bias_count;  /* columns that have one */
     float slope;         /* log2 units */
-    float distance;      /* query position - position of column 0 */
+    float distance;      /* query position - position of column 0; with `back`: the query's number */
+    const float *back;   /* how far each column lies before query 0, nullable */
 } row_terms;
 
 static row_terms terms_of(const span *s, const sa_run *run, int64_t r, int64_t begin)
@@ -129,10 +130,14 @@ static row_terms terms_of(const span *s, const sa_run *run, int64_t r, int64_t b
     const int64_t head = s->head[r];
     row_terms terms = {.scale = p->softcap > 0.0f ? p->scale : (float)((double)p->scale * SA_LOG2E), .softcap = p->softcap};
     if (run->kind == SA_RUN_PINNED && p->sink_bias != NULL) {
-        terms.bias = p->sink_bias + head * p->bias_stride + run->position + begin;
+        terms.bias = sa_bias(p, s->row, run, head) + begin;
         terms.bias_count = run->count - begin;
     }
-    if (run->kind != SA_RUN_LEARNED && s->row->alibi != NULL) {
+    if (run->kind == SA_RUN_HELD && s->row->alibi != NULL) {
+        terms.slope = (float)((double)s->row->alibi[head] * SA_LOG2E);
+        terms.back = run->back + begin;
+        terms.distance = (float)query_of(s, r);
+    } else if (run->kind != SA_RUN_LEARNED && s->row->alibi != NULL) {
         const int64_t position = s->position[r];
         const int64_t from = run->kind == SA_RUN_PINNED ? min_i64(position, p->pinned_query_limit) : position;
         terms.slope = (float)((double)s->row->alibi[head] * SA_LOG2E);
@@ -153,7 +158,8 @@ VEC_INLINE vec_f32 score_of(vec_f32 product, const row_terms *terms, int64_t col
         x = vec_select_below(bias, -FLT_MAX, vec_set1(-INFINITY), x); /* removed: not even its NaN counts */
     }
     if (terms->slope != 0.0f) {
-        const vec_f32 away = vec_sub(vec_set1(terms->distance - (float)column), vec_iota());
+        const vec_f32 away = terms->back != NULL ? vec_add(vec_load(terms->back + column), vec_set1(terms->distance))
+                                                 : vec_sub(vec_set1(terms->distance - (float)column), vec_iota());
         x = vec_sub(x, vec_mul(vec_set1(terms->slope), vec_abs(away)));
     }
     return x;

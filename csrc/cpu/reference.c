@@ -34,17 +34,20 @@ double sa_reference_product(const sa_query_at *at, const sa_run *run, int64_t ke
 double sa_reference_score(const sa_query_at *at, const sa_run *run, int64_t key)
 {
     const sa_problem *p = at->problem;
-    if (sa_removed(p, run, at->head, key)) {
+    if (sa_removed(p, at->row, run, at->head, key)) {
         return -(double)INFINITY;
     }
     double s = sa_reference_product(at, run, key);
     if (p->softcap > 0.0f) {
         s = (double)p->softcap * tanh(s / (double)p->softcap);
     }
-    if (run->kind == SA_RUN_PINNED && p->sink_bias != NULL) {
-        s += (double)p->sink_bias[at->head * p->bias_stride + run->position + key];
+    const float *bias = sa_bias(p, at->row, run, at->head);
+    if (bias != NULL) {
+        s += (double)bias[key];
     }
-    if (run->kind != SA_RUN_LEARNED && at->row->alibi != NULL) {
+    if (run->kind == SA_RUN_HELD && at->row->alibi != NULL) {
+        s -= (double)at->row->alibi[at->head] * fabs((double)run->back[key] + (double)at->index);
+    } else if (run->kind != SA_RUN_LEARNED && at->row->alibi != NULL) {
         const int64_t from = run->kind == SA_RUN_PINNED ? min_i64(at->position, p->pinned_query_limit) : at->position;
         s -= (double)at->row->alibi[at->head] * fabs((double)(from - run->position - key));
     }
@@ -79,7 +82,7 @@ static void add_values(const sa_query_at *at, const sa_run *run, int64_t key, do
 static double attend_query(const sa_query_at *at)
 {
     const sa_problem *p = at->problem;
-    const double sink = p->sinks[at->head], largest = largest_score(at);
+    const double sink = p->sinks[at->row->first_head + at->head], largest = largest_score(at);
     const double anchor = fmax(largest, sink);
     double values[256] = {0.0}, sum = 0.0;
     const bool sees = anchor > -(double)INFINITY && sink < (double)INFINITY;
@@ -156,12 +159,15 @@ static void attend_kv_head(void *context, int64_t task, sa_worker *worker)
                 add_mass(&at, lse, mean);
             }
         }
+        for (int64_t slot = 0; slot < slots && p->mass_query_stride > 0 && i >= row->mass_first && i < row->query_count; slot++) {
+            row->mass[(i - row->mass_first) * p->mass_query_stride + slot] = (float)mean[slot];
+        }
         for (int64_t slot = 0; slot < slots; slot++) {
             mass[slot] = p->mass_reduce == SA_MASS_SUM ? mass[slot] + mean[slot] : fmax(mass[slot], mean[slot]);
         }
     }
     /* Packed sequences share a mass row: write only the slots of this row's own keys. */
-    for (int r = 0; r < row->run_count && row->mass != NULL; r++) {
+    for (int r = 0; r < row->run_count && row->mass != NULL && p->mass_query_stride == 0; r++) {
         for (int64_t key = 0; key < row->runs[r].count; key++) {
             const int64_t slot = sa_mass_slot(&row->runs[r], key);
             if (slot >= 0) {

@@ -13,7 +13,7 @@
 
 /* What a module keeps. */
 typedef struct sa_module {
-    PyTypeObject *cache_type, *cuda_cache_type, *buffer_type;
+    PyTypeObject *cache_type, *cuda_cache_type, *kv_type, *buffer_type;
     PyObject *exchange_name, *dlpack_name, *device_name, *interface_name, *grad_name, *negated_name; /* interned */
     PyObject *libraries; /* sinkattn._libraries, once it was needed */
     PyObject *autocast, *modes, *forward; /* torch's, once there was a tensor: see torch_state.c */
@@ -104,7 +104,7 @@ typedef struct sa_released {
 void sa_release(sa_released *released);
 void sa_reacquire(sa_released *released);
 
-extern PyType_Spec sa_buffer_spec, sa_cache_spec, sa_cuda_cache_spec;
+extern PyType_Spec sa_buffer_spec, sa_cache_spec, sa_cuda_cache_spec, sa_kv_spec;
 /* The arguments that both caches are made from; `device` and `allocate` are those of the CUDA cache, else NULL. The frequencies are
  * borrowed from `buffer`, to be released after use. */
 int sa_parse_cache_config(PyObject *arguments, sa_cache_config *config, Py_buffer *buffer, int *device, PyObject **allocate);

@@ -88,5 +88,6 @@ def test_a_table_can_be_asked_for_by_the_environment():
 
 
 def test_public_names():
-    assert set(sinkattn.__all__) == {"attend", "attend_backward", "merge", "SinkCache", "Rope", "set_num_threads",
+    assert set(sinkattn.__all__) == {"attend", "attend_backward", "merge", "SinkCache", "KVCache", "Ledger", "Rope", "policy",
+                                     "pyramid", "set_num_threads",
                                      "get_num_threads", "show_config", "__version__"}

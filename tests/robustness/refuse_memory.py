@@ -14,8 +14,9 @@ import traceback
 
 import numpy as np
 
-from sinkattn import Rope, SinkCache, _core, attend, attend_backward, merge
+from sinkattn import KVCache, Rope, SinkCache, _core, attend, attend_backward, merge
 from sinkattn.config import cpu_tables, set_num_threads, use_cpu_table
+from sinkattn.policy import Custom
 
 try:
     import _testcapi
@@ -80,6 +81,28 @@ def scenarios():
     yield "save", lambda: cache._core.save(), state
     yield "counters", lambda: (cache.length, cache.kept(), cache.crop(cache.length[0])), state
     yield "config", lambda: _core.config(), nothing
+
+
+def kv_scenarios():
+    """The same for KVCache, which does not depend on the table."""
+    parts, chunk, rope = normal(2, 2, 9, 32), normal(2, 2, 3, 32), Rope.from_theta(32)
+
+    def stream(policy=None, budget=7):
+        cache = KVCache(2, 2, 32, policy=policy, budget=budget, sinks=1, recent=2, chunk=4, rope=rope)
+        cache.attend(parts, parts, parts)
+        return cache
+
+    scored, custom = stream(), stream(Custom(lambda row, head, p, m, k, v: -p))
+    bits_of = lambda cache: lambda: cache._core.save()  # noqa: E731
+    blocks = scored._core.slots, *scored._core.save()
+    yield "kv custom", lambda: custom.attend(chunk, chunk, chunk), bits_of(custom)
+    yield "kv step", lambda: scored.attend(chunk, chunk, chunk, return_mass=True, alibi_slopes=[0.5, 1.0]), bits_of(scored)
+    yield "kv parts", lambda: scored.attend(parts, parts, parts), bits_of(scored)
+    yield "new kv cache", lambda: stream(budget=0.5) and None, lambda: None
+    yield "kv copy", lambda: scored.copy() and None, bits_of(scored)
+    yield "kv reorder", lambda: scored.reorder([1, 1]), bits_of(scored)
+    yield "kv load", lambda: scored._core.load(*blocks), bits_of(scored)
+    yield "kv ledger", lambda: scored._core.ledger(0, 1) and None, bits_of(scored)
 
 
 def attempt(call, state, n):
@@ -173,8 +196,10 @@ def main():
         use_cpu_table(table)
         for name, call, state in scenarios():
             refusals[f"{table} {name}"] = sweep(name, call, state)
+    for name, call, state in kv_scenarios():
+        refusals[name] = sweep(name, call, state)
     of_python = {name: sweep_of_python(name, call, state)
-                 for name, call, state in scenarios() if _testcapi is not None}
+                 for name, call, state in (*scenarios(), next(kv_scenarios())) if _testcapi is not None}
     without_threads()
     os.close(MESSAGES[1])
     with os.fdopen(MESSAGES[0]) as lines:

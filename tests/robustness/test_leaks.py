@@ -14,6 +14,7 @@ import pytest
 from test_refusals import CASES, K, Q, V
 
 from sinkattn import (
+    KVCache,
     Rope,
     SinkCache,
     _core,
@@ -24,12 +25,16 @@ from sinkattn import (
     set_num_threads,
     show_config,
 )
+from sinkattn.policy import Custom
 
 F = np.float32
 X = np.ones((1, 2, 3, 16), F)
 LSE = X[..., 0].copy()
 ROPE = Rope.from_theta(16)
 CACHE = SinkCache(1, 2, 16, sinks=1, window=4, rollback=1, rope=ROPE)
+KV = KVCache(1, 2, 16, budget=5, sinks=1, recent=2, chunk=2, rope=ROPE)
+CUSTOM = KVCache(1, 2, 16, budget=5, sinks=1, recent=2, policy=Custom(lambda row, head, p, m, k, v: -p))
+FAILS = KVCache(1, 2, 16, budget=5, sinks=1, recent=2, policy=Custom(lambda row, head, p, m, k, v: "x"))
 STATE = SinkCache(1, 2, 16, sinks=1, window=4, rollback=1, rope=ROPE).state_dict()
 
 
@@ -98,6 +103,15 @@ CALLS = {
     "Rope": lambda: (Rope([1.0, 0.5]), repr(ROPE)),
     "config": lambda: (show_config(), set_num_threads(get_num_threads())),
     "no memory": refused(lambda: attend(np.empty((2**46, 1, 0, 1), F), *[np.empty((2**46, 1, 0, 1), F)] * 2)),
+    "KVCache": lambda: KVCache(1, 1, 8, budget=4, recent=0, rope=Rope.from_theta(8)),
+    "KVCache.attend": lambda: KV.attend(X, X, X, return_lse=True, return_mass=True, alibi_slopes=[0.0, 1.0]),
+    "KVCache, Custom": lambda: CUSTOM.attend(X, X, X),
+    "KVCache beside a call": lambda: (KV.copy(), KV.kept(), KV.ledger, KV.length, KV.nbytes, repr(KV), KV.reset([0]),
+                                      KV.reorder([0]), KV.load_state_dict(KV.state_dict()), KV.crop(KV.length[0])),
+    **{f"kv refusal {i}": refused(call) for i, call in enumerate([
+        lambda: KV.attend(X, X, X[..., :3]), lambda: FAILS.attend(X, X, X), lambda: KV.crop(10**9), lambda: KV.reorder([1]),
+        lambda: KVCache(1, 1, 8, budget=2), lambda: KV._core.load(*[b""] * 11), lambda: KV._core.load(b""),
+        lambda: KV.load_state_dict({**KV.state_dict(), "held": np.zeros(8, np.uint8)})])},
     "core.reset": refused(lambda: CACHE._core.reset(b"")),
     "core.load": refused(lambda: CACHE._core.load(b"", b"", b"", b"")),
     "core.attend": refused(lambda: _core.attend(X)),
