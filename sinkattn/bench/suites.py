@@ -7,7 +7,7 @@ import numpy as np
 
 from sinkattn import SinkCache, attend, attend_backward
 
-from . import counts, peers, statement
+from . import counts, hugging_face, peers, statement
 from .machine import MIB
 
 
@@ -30,10 +30,11 @@ class Work:
     flops: float
     bytes: float  # that must cross the bus if nothing is cached
     limit: str | None  # the peak that it is compared with: "fma", "bf16_dot", "read"
-    unit: str   # of its rate: "FLOP/s", "byte/s", or "call"
+    unit: str   # of its rate: "FLOP/s", "byte/s", "token/s", or "call"
     bound: float  # on the error of our results
     contestants: list = field(default_factory=list)
     note: str = ""
+    items: int = 0  # tokens of a call
 
 
 @dataclass
@@ -330,6 +331,9 @@ def overhead(lab):
         tensors = [lab.tensors(q, k, v)]
         work.contestants.append(Contestant("sinkattn", "attend, torch tensors", attend, tensors,
                                            error))
+        from sinkattn.torch import attend as through_operator
+        work.contestants.append(Contestant("sinkattn", "attend, torch operator", through_operator,
+                                           tensors, error))
         work.contestants.append(Contestant(
             "torch", "SDPA", lab.torch.nn.functional.scaled_dot_product_attention, tensors, error))
     work.contestants.append(Contestant("NumPy", "matmul", peers.numpy_attention, [(q, k, v)],
@@ -338,4 +342,5 @@ def overhead(lab):
 
 
 SUITES = {"prefill": prefill, "window": window, "backward": backward, "linear": linear,
-          "decode": decode, "cache": cache, "overhead": overhead}
+          "decode": decode, "cache": cache, "overhead": overhead, "hf": hugging_face.works}
+BY_NAME_ONLY = ("hf",)  # it takes transformers and minutes
