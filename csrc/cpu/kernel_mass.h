@@ -189,10 +189,10 @@ static sa_status mass_pass(const sa_problem *p, sa_poll poll)
     for (int64_t i = 0; i < entries; i++) {
         const sa_row *row = &p->rows[i / SA_MAX_RUNS];
         const sa_run *run = &row->runs[i % SA_MAX_RUNS];
-        const bool counts = i % SA_MAX_RUNS < row->run_count && row->query_count > 0 && run->mass_index >= 0;
+        const bool counts = i % SA_MAX_RUNS < row->run_count && row->query_count > 0 && run->mass_index >= 0 && !fuses_mass(p, row);
         job.first_task[i] = tasks;
         tasks += counts ? p->heads_kv * ceil_div(run->count, MASS_BLOCKS * BLOCK_KEYS) : 0;
-        if (i % SA_MAX_RUNS == 0) {
+        if (i % SA_MAX_RUNS == 0 && !fuses_mass(p, row)) {
             sa_path_count_row(SA_PATH_MASS);
         }
     }
@@ -206,7 +206,11 @@ static sa_status mass_pass(const sa_problem *p, sa_poll poll)
 /* Every row of a call has a mass array or none has. The pass needs lse: a call that did not ask for it gets a temporary one. */
 static sa_status attend(const sa_problem *problem, sa_poll poll)
 {
-    if (problem->row_count == 0 || problem->rows[0].mass == NULL) {
+    bool second_pass = false;
+    for (int64_t i = 0; i < problem->row_count; i++) {
+        second_pass = second_pass || (problem->rows[i].mass != NULL && !fuses_mass(problem, &problem->rows[i]));
+    }
+    if (!second_pass) {
         return attend_forward(problem, poll);
     }
     sa_problem with_lse = *problem;
