@@ -15,7 +15,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = ROOT / "tests/c/device"
-KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass", "merge")
+KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass", "merge", "backward_rows",
+           "backward_f32", "backward_sm80")
 NUMBER_TYPES = {"float32": 0, "float16": 1, "float64": 3, "int32": 6, "int64": 7}
 I32, I64, F64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -45,7 +46,7 @@ class Problem(ctypes.Structure):
         *_fields(Tensor, "query key value output sink_query sink_key sink_value"),
         *_fields(Numbers, "sink_logits sink_bias alibi_slopes window starts lengths query_lengths "
                           "cumulative_query cumulative_key"),
-        ("cache", Cache), *_fields(POINTER, "lse mass"),
+        ("cache", Cache), *_fields(Tensor, "row_lse row_weights"), *_fields(POINTER, "lse mass"),
         *_fields(I64, "batch heads_q heads_kv query_length kv_length depth depth_v sequences "
                       "logits pinned learned mass_length mass_queries"),
         *_fields(ctypes.c_float, "scale softcap"),
@@ -79,7 +80,7 @@ def build(folder):
     """Compiles the kernels into a library under `folder`."""
     compiler = shutil.which("g++")
     for source in (*ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/cuda/*.[ch]"),
-                   *ROOT.glob("csrc/core/*.h"), ROOT / "csrc/sinkattn.h"):
+                   *ROOT.glob("csrc/core/*.[ch]"), ROOT / "csrc/sinkattn.h"):
         target = folder / source.relative_to(ROOT / "csrc")
         target.parent.mkdir(exist_ok=True)
         shutil.copy(source, target)
@@ -97,13 +98,15 @@ def build(folder):
         subprocess.run(command, cwd=folder / "cuda", check=True)
         return f"{name}.o"
 
-    names = ["choose.c", "merge.c", "device.cpp", "calls.cpp", *(f"{name}.cpp" for name in KERNELS)]
+    names = ["choose.c", "merge.c", "work.c", "../core/status.c", "device.cpp", "calls.cpp",
+             *(f"{name}.cpp" for name in KERNELS)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, names))
     subprocess.run([compiler, "-shared", *objects, "-o", "kernels.so", "-lm"],
                    cwd=folder / "cuda", check=True)
     library = ctypes.CDLL(str(folder / "cuda/kernels.so"))
     assert library.size_of_problem() == ctypes.sizeof(Problem)
+    assert library.size_of_backward_params() == ctypes.sizeof(BackwardParams)
     return library
 
 
@@ -139,6 +142,120 @@ class HostTensor(ctypes.Structure):
         return cls(array.ctypes.data, (I64 * 4)(*array.shape),
                    (I64 * 4)(*(s // array.itemsize for s in array.strides)), array.ndim,
                    _dtype(array))
+
+
+class DeviceNumbers(ctypes.Structure):
+    _fields_ = [("data", POINTER), ("stride", I64 * 4), ("type", ctypes.c_int)]
+
+
+class HostNumbers(ctypes.Structure):
+    """sa_floats and sa_ints."""
+
+    _fields_ = [("data", POINTER), ("shape", I64 * 4), ("rank", ctypes.c_int),
+                ("device", DeviceNumbers)]
+
+    @classmethod
+    def of(cls, array, dtype, on_device):
+        """The array and the struct over it, cast as the host does or left as on a device."""
+        on_device = on_device and np.ndim(array) > 0
+        array = np.asarray(array) if on_device else np.asarray(array, dtype, order="C")
+        made = cls(array.ctypes.data, (I64 * 4)(*array.shape), array.ndim)
+        if on_device:
+            made.device = DeviceNumbers(
+                array.ctypes.data, (I64 * 4)(*(s // array.itemsize for s in array.strides)),
+                NUMBER_TYPES[array.dtype.name])
+        return array, made
+
+
+TENSORS = "q k v out sink_q sink_k sink_v"
+FLOATS = "sink_logits sink_bias alibi_slopes"
+INTS = "window starts lengths q_lengths cu_seqlens_q cu_seqlens_k"
+
+
+class AttendParams(ctypes.Structure):
+    """sa_attend_params of csrc/sinkattn.h."""
+
+    _fields_ = [("function", ctypes.c_char_p), ("on_cuda", ctypes.c_bool), ("device", ctypes.c_int),
+                *_fields(HostTensor, TENSORS), *_fields(HostNumbers, FLOATS + " " + INTS),
+                ("sinks", I64), *_fields(ctypes.c_bool, "causal has_scale has_softcap"),
+                *_fields(F64, "scale softcap"), *_fields(POINTER, "lse mass"),
+                ("mass_reduce", ctypes.c_int), ("mass_queries", I64)]
+
+    def fill(self, q, k, v, on_device=False, sink_kv=None, scale=None, softcap=None, causal=True,
+             sinks=0, **rest):
+        """Returns what the pointers need."""
+        self.function, self.on_cuda, self.causal, self.sinks = b"attend", True, causal, sinks
+        self.has_scale, self.scale = scale is not None, scale or 0.0
+        self.has_softcap, self.softcap = softcap is not None, softcap or 0.0
+        self.mass_queries = -1
+        sink_k, sink_v = sink_kv or (None, None)
+        keep = []
+        for name, x in {"q": q, "k": k, "v": v, "sink_k": sink_k, "sink_v": sink_v, **rest}.items():
+            if x is None:
+                continue
+            made = HostTensor.of(x) if name in TENSORS.split() else None
+            if made is None:
+                x, made = HostNumbers.of(x, np.float32 if name in FLOATS else np.int64, on_device)
+            setattr(self, name, made)
+            keep.append(x)
+        return keep
+
+
+GRADIENTS = "q k v sink_q sink_k sink_v sink_logits sink_bias"
+
+
+class BackwardParams(ctypes.Structure):
+    """sa_attend_backward_params."""
+
+    _fields_ = [("attend", AttendParams), *_fields(HostTensor, "dout out lse dlse"),
+                ("deterministic", ctypes.c_bool),
+                *((f"d{name}", POINTER) for name in GRADIENTS.split())]
+
+
+def attend(library, q, k, v, **keywords):
+    """(out, lse) by the host's half and the kernels."""
+    params = AttendParams()
+    out = np.empty((*q.shape[:3], v.shape[3]), q.dtype)
+    lse = np.empty(q.shape[:3], np.float32)
+    keep = params.fill(q, k, v, out=out, **keywords)
+    params.lse = lse.ctypes.data
+    assert library.run_attend(ctypes.byref(params)) == 0 and keep
+    return out, lse
+
+
+def mass(library, q, k, lse, *, row_weights=None, reduce="sum", queries=None, **keywords):
+    """`sinkattn.mass` by the host's half and the kernel of the device."""
+    params = AttendParams()
+    got = np.full((q.shape[0], *k.shape[1:3]), np.nan, np.float32)
+    keep = params.fill(q, k, None, **keywords)
+    params.mass, params.mass_reduce = got.ctypes.data, reduce == "max"
+    params.mass_queries = -1 if queries is None else queries
+    rows = HostTensor.of(lse), HostTensor() if row_weights is None else HostTensor.of(row_weights)
+    assert library.run_mass(ctypes.byref(params), *map(ctypes.byref, rows)) == 0 and keep
+    return got
+
+
+def attend_backward(library, dout, q, k, v, out, lse, *, dlse=None, **keywords):
+    """`sinkattn.attend_backward` by the host's half and the kernels of the device."""
+    params, sink_kv = BackwardParams(), keywords.get("sink_kv")
+    keep = params.attend.fill(q, k, v, **keywords)
+    given = {"q": q, "k": k, "v": v, **{n: keywords.get(n) for n in (
+        "sink_q", "sink_logits", "sink_bias")}}
+    if sink_kv is not None:
+        given |= {"sink_k": sink_kv[0], "sink_v": sink_kv[1]}
+    got = {}
+    for name, x in given.items():
+        if x is not None:
+            numbers = name in ("sink_logits", "sink_bias")
+            got[name] = np.full(np.shape(x), np.nan, np.float32).astype(np.float32 if numbers else q.dtype)
+            setattr(params, f"d{name}", got[name].ctypes.data)
+    for name, x in {"dout": dout, "out": out, "lse": lse, "dlse": dlse}.items():
+        if x is not None:
+            setattr(params, name, HostTensor.of(x))
+    assert library.run_backward(ctypes.byref(params)) == 0 and keep
+    if sink_kv is not None:
+        got["sink_kv"] = got.pop("sink_k"), got.pop("sink_v")
+    return got
 
 
 def merge(library, outs, lses):

@@ -1,12 +1,12 @@
 """The suite on CUDA: wrappers that take and give NumPy arrays (or torch tensors of the CPU) and run
-`attend`, `merge` and `SinkCache` on torch tensors of the device. The tests stay as they are."""
+`attend`, `attend_backward`, `merge` and `SinkCache` on torch tensors of the device. The tests stay as they are."""
 
 import numpy as np
 
 import sinkattn
 from sinkattn.config import cuda_devices
 
-TENSORS = ("q", "k", "v", "sink_q", "sink_kv", "out")
+TENSORS = ("q", "k", "v", "sink_q", "sink_kv", "out", "lse", "dlse")
 
 
 def has_cuda():
@@ -57,6 +57,8 @@ def to_device(array):
 def to_host(result, like):
     """What came from the device, of the kind that went in."""
     import torch
+    if isinstance(result, dict):
+        return {name: to_host(x, like) for name, x in result.items()}
     if isinstance(result, tuple):
         return tuple(to_host(x, like) for x in result)
     if isinstance(like, torch.Tensor):
@@ -97,11 +99,16 @@ def _run(function, q, k, v, numbers, keywords):
 
 
 def wrappers(numbers):
-    """attend, merge and SinkCache for the device; `numbers`: auxiliary arrays go there too."""
+    """attend, attend_backward, merge and SinkCache for the device; `numbers`: auxiliary arrays go there too."""
     attend_there, cache_there, merge_there = sinkattn.attend, sinkattn.SinkCache, sinkattn.merge
+    backward_there = sinkattn.attend_backward
 
     def attend(q, k, v, **keywords):
         return _run(attend_there, q, k, v, numbers, keywords)
+
+    def attend_backward(dout, q, k, v, out, lse, **keywords):
+        moved = {name: _move(name, x, numbers) for name, x in keywords.items()}
+        return to_host(backward_there(*(to_device(x) for x in (dout, q, k, v, out, lse)), **moved), q)
 
     def merge(outs, lses):
         return to_host(merge_there([to_device(x) for x in outs], [to_device(x) for x in lses]), outs[0])
@@ -127,4 +134,4 @@ def wrappers(numbers):
         def __getattr__(self, name):
             return getattr(self._cache, name)
 
-    return {"attend": attend, "merge": merge, "SinkCache": SinkCache}
+    return {"attend": attend, "attend_backward": attend_backward, "merge": merge, "SinkCache": SinkCache}

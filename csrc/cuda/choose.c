@@ -6,7 +6,18 @@
 #include "../core/integers.h"
 
 /* Order: f16 and bf16 by depth for decode, then prefill, then the rest. */
-enum { DECODE, PREFILL = DECODE + 6, ATTEND_F32 = PREFILL + 6, ROTATE = ATTEND_F32 + 3, COMMIT, MASS };
+enum {
+    DECODE,
+    PREFILL = DECODE + 6,
+    ATTEND_F32 = PREFILL + 6,
+    ROTATE = ATTEND_F32 + 3,
+    COMMIT,
+    MASS,
+    BACKWARD_ROWS,
+    BACKWARD_NUMBERS,
+    BACKWARD_KEYS,
+    BACKWARD_QUERIES = BACKWARD_KEYS + 9
+};
 
 const sa_cuda_kernel sa_cuda_kernels[] = {
     {"decode_f16_64", "decode"},
@@ -27,6 +38,26 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"cache_rotate", "cache"},
     {"cache_commit", "cache"},
     {"mass", "mass"},
+    {"backward_rows", "backward_rows"},
+    {"backward_numbers", "backward_rows"},
+    {"backward_keys_f32_64", "backward_f32"},
+    {"backward_keys_f32_128", "backward_f32"},
+    {"backward_keys_f32_256", "backward_f32"},
+    {"backward_keys_f16_64", "backward_sm80"},
+    {"backward_keys_f16_128", "backward_sm80"},
+    {"backward_keys_f16_256", "backward_sm80"},
+    {"backward_keys_bf16_64", "backward_sm80"},
+    {"backward_keys_bf16_128", "backward_sm80"},
+    {"backward_keys_bf16_256", "backward_sm80"},
+    {"backward_queries_f32_64", "backward_f32"},
+    {"backward_queries_f32_128", "backward_f32"},
+    {"backward_queries_f32_256", "backward_f32"},
+    {"backward_queries_f16_64", "backward_sm80"},
+    {"backward_queries_f16_128", "backward_sm80"},
+    {"backward_queries_f16_256", "backward_sm80"},
+    {"backward_queries_bf16_64", "backward_sm80"},
+    {"backward_queries_bf16_128", "backward_sm80"},
+    {"backward_queries_bf16_256", "backward_sm80"},
 };
 const int sa_cuda_kernel_count = sizeof sa_cuda_kernels / sizeof sa_cuda_kernels[0];
 
@@ -259,7 +290,7 @@ static void summarise(sa_cuda_problem *p)
     p->lean = p->query_length == 1 && p->sequences == 0 && p->common_window > 0 && p->dtype != SA_CUDA_F32;
 }
 
-int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan)
+static void begin(sa_cuda_problem *problem, sa_cuda_plan *plan)
 {
     *plan = (sa_cuda_plan){.path = "none"};
     problem->splits = 1;
@@ -267,6 +298,11 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     problem->partial_offset = problem->state_offset = problem->row_tiles = 0;
     problem->lse_offset = problem->rotated_offset = -1;
     summarise(problem);
+}
+
+int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan)
+{
+    begin(problem, plan);
     if (problem->batch == 0 || problem->query_length == 0) {
         return 0;
     }
@@ -295,4 +331,72 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     }
     plan->path = sa_cuda_kernels[plan->launches[attend].kernel].name;
     return 0;
+}
+
+int sa_cuda_choose_mass(sa_cuda_problem *problem, sa_cuda_plan *plan)
+{
+    begin(problem, plan);
+    if (problem->batch == 0 || problem->query_length == 0) {
+        return 0;
+    }
+    plan->path = "mass";
+    return plan_mass(problem, plan) ? 0 : -1;
+}
+
+/* --- the backward pass ------------------------------------------------------------------------------------------------------------- */
+
+/* Rows of a tile, shared bytes, and CTAs of a tile, of the two large kernels. */
+typedef struct backward_form {
+    int64_t keys, queries;
+    int64_t keys_shared, queries_shared;
+    int64_t parts;
+} backward_form;
+
+static backward_form backward_form_of(int64_t depth, int32_t dtype)
+{
+    if (dtype == SA_CUDA_F32) {
+        return (backward_form){SA_BACKWARD_F32_ROWS(depth), SA_BACKWARD_F32_ROWS(depth), SA_BACKWARD_F32_SHARED(depth),
+                               SA_BACKWARD_F32_SHARED(depth), 1};
+    }
+    const int64_t keys = SA_BACKWARD_KEY_BLOCKS(depth), queries = SA_BACKWARD_QUERY_BLOCKS(depth);
+    return (backward_form){SA_BACKWARD_ROWS(keys), SA_BACKWARD_ROWS(queries), SA_BACKWARD_SHARED(depth, keys),
+                           SA_BACKWARD_SHARED(depth, queries), depth > 128 ? 2 : 1};
+}
+
+static void reserve_backward(sa_cuda_backward *b, sa_cuda_plan *plan)
+{
+    const sa_cuda_problem *p = &b->forward;
+    const int64_t rows = p->sequences > 0 ? p->sequences : p->batch;
+    b->rows_offset = reserve(plan, p->batch * p->heads_q * p->query_length * (int64_t)sizeof(sa_cuda_row));
+    b->bias_bytes = p->sink_bias.given ? rows * p->heads_q * p->pinned * (int64_t)sizeof(float) : 0;
+    b->bias_offset = reserve(plan, b->bias_bytes);
+}
+
+int sa_cuda_choose_backward(sa_cuda_backward *b, sa_cuda_plan *plan)
+{
+    sa_cuda_problem *p = &b->forward;
+    begin(p, plan);
+    b->sparse = p->starts.given || p->lengths.given || p->sequences > 0;
+    b->aligned = reads_pieces(p) && tensor_in_pieces(&p->query, p->depth, p->dtype == SA_CUDA_F32 ? 4 : 2) &&
+                 tensor_in_pieces(&p->sink_query, p->depth, 2) && tensor_in_pieces(&b->output_gradient, p->depth_v, 2);
+    if (p->batch == 0 || p->query_length == 0) {
+        return 0;
+    }
+    const outline o = outline_of(p);
+    const backward_form form = backward_form_of(o.depth, p->dtype);
+    const int64_t bands = p->sequences > 0 ? 1 : p->batch, kind = p->dtype * 3 + o.bucket;
+    reserve_backward(b, plan);
+    b->learned_tiles = ceil_div(p->learned, form.keys);
+    b->key_tiles = ceil_div(p->kv_length, form.keys) + (p->sequences > 0 ? 2 * p->sequences : p->apart ? 1 : 0);
+    b->query_tiles = ceil_div(p->query_length, form.queries) + p->sequences;
+    const int64_t rows = ceil_div(p->batch * p->heads_q * p->query_length, SA_BACKWARD_ROW_WARPS);
+    const int64_t keys = (b->learned_tiles + b->key_tiles * bands) * p->heads_kv * form.parts, queries = b->query_tiles * p->heads_q * bands;
+    const int64_t biases = p->sink_bias.given ? ceil_div(p->heads_q * p->pinned, SA_BACKWARD_NUMBER_THREADS) : 0;
+    const bool fits = push(plan, BACKWARD_ROWS, rows, 32 * SA_BACKWARD_ROW_WARPS, 1, 0) &&
+                      push(plan, (int)(BACKWARD_KEYS + kind), keys, 32 * SA_BACKWARD_WARPS, 1, form.keys_shared) &&
+                      push(plan, (int)(BACKWARD_QUERIES + kind), queries, 32 * SA_BACKWARD_WARPS, 1, form.queries_shared) &&
+                      push(plan, BACKWARD_NUMBERS, b->logit_count + biases, SA_BACKWARD_NUMBER_THREADS, 1,
+                           SA_BACKWARD_NUMBER_THREADS * (int64_t)sizeof(double));
+    plan->path = sa_cuda_kernels[BACKWARD_QUERIES + kind].name;
+    return fits ? 0 : -1;
 }

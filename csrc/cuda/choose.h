@@ -1,7 +1,7 @@
 /* Which kernels serve a problem, and how: pure functions of the shape and the device, tested without a GPU.
  *
  * Kernels, by file; <t> is f16 or bf16, <d> the smallest of 64, 128, 256 that holds depth and depth_v. Every one takes one
- * sa_cuda_problem by value and has only dynamic shared memory, whose size, like grid, block and cluster, is in its sa_cuda_launch.
+ * sa_cuda_problem (of the backward pass: one sa_cuda_backward) by value and has only dynamic shared memory, whose size, like grid, block and cluster, is in its sa_cuda_launch.
  *
  *   decode.cu        decode_<t>_<d>    few query rows: keys split over CTAs; with `append` the whole streaming step
  *   prefill_sm80.cu  prefill_<t>_<d>   many query rows
@@ -9,13 +9,16 @@
  *   cache.cu         cache_rotate      rotates a chunk into scratch
  *                    cache_commit      writes a chunk into the slots and advances lengths and lows
  *   mass.cu          mass              per-key mass from lse
+ *   backward_rows.cu  backward_rows, backward_numbers       what query rows bring along; gradients of small arrays
+ *   backward_sm80.cu  backward_keys_<t>_<d>, backward_queries_<t>_<d>
+ *   backward_f32.cu   the same of fp32
  *
  * For every kernel the host sets MAX_DYNAMIC_SHARED_SIZE_BYTES to the device's opt-in limit, and for decode on sm_90
  * NON_PORTABLE_CLUSTER_SIZE_ALLOWED to 1. */
 #ifndef SA_CUDA_CHOOSE_H
 #define SA_CUDA_CHOOSE_H
 
-#include "params.h"
+#include "backward.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -58,6 +61,12 @@ extern const int sa_cuda_kernel_count;
 
 /* Fills the last block of the problem and the plan. Returns 0, or -1 where a grid would be larger than 2^31 - 1 CTAs. */
 int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan);
+
+/* The same for mass alone, from row_lse. */
+int sa_cuda_choose_mass(sa_cuda_problem *problem, sa_cuda_plan *plan);
+
+/* The same for the gradients of a call. No launches where there are no queries: every gradient is zero. */
+int sa_cuda_choose_backward(sa_cuda_backward *backward, sa_cuda_plan *plan);
 
 #ifdef __cplusplus
 }

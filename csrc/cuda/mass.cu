@@ -1,6 +1,6 @@
 /* Per-key mass: the softmax weight that each key received, mean over the group, sum or maximum over the queries.
  *
- *   mass_j = sum or max over i of  mean over h of  2^(s_hij - lse_hi)
+ *   mass_j = sum or max over i of  mean over h of  w_hi 2^(s_hij - lse_hi)
  *
  * A second, key-stationary pass that computes the scores again and weighs them with the known lse: one writer for each key, no atomics.
  * One CTA per 64 keys of one run of one kv head; a thread owns a key and every fourth query of a tile of 16 rows (whole queries where the
@@ -129,7 +129,9 @@ __device__ float mass_weight(const sa_cuda_problem &p, const mass_shared &s, int
     const run &r = s.list.runs[s.run];
     const int64_t position = s.at.position + query, window = window_of(p, head);
     const range seen = visible(r, p.causal, window, window, position, position);
-    const float lse = lse_of(p)[(s.at.batch * p.heads_q + head) * p.query_length + s.at.query_begin + query];
+    const int64_t token = s.at.query_begin + query;
+    const float lse = p.row_lse.data != nullptr ? *(const float *)element(p.row_lse, s.at.batch, head, token, 4)
+                                                : lse_of(p)[(s.at.batch * p.heads_q + head) * p.query_length + token];
     if (key < seen.low || key >= seen.high || fabsf(lse) == infinity) {
         return 0.0f;
     }
@@ -146,7 +148,11 @@ __device__ float mass_weight(const sa_cuda_problem &p, const mass_shared &s, int
     }
     const float slope = p.alibi_slopes.given ? number_at(p.alibi_slopes, s.at.batch, head) * log2e : 0.0f;
     const float score = featured_score(p, r, head, position, slope, key, (dot[0] + dot[1]) + (dot[2] + dot[3]));
-    return score == -infinity ? 0.0f : exp2f(score - lse * log2e);
+    if (score == -infinity) {
+        return 0.0f;
+    }
+    const float weight = exp2f(score - lse * log2e);
+    return p.row_weights.data != nullptr ? weight * *(const float *)element(p.row_weights, s.at.batch, head, token, 4) : weight;
 }
 
 __device__ __forceinline__ double join_mass(const sa_cuda_problem &p, double total, double weight)

@@ -77,6 +77,8 @@ typedef struct sa_cuda_problem {
     sa_cuda_numbers cumulative_query; /* [sequences + 1, -] */
     sa_cuda_numbers cumulative_key;   /* [sequences + 1, -] */
     sa_cuda_cache cache;
+    sa_cuda_tensor row_lse;     /* fp32 [batch, heads_q, query_length], where mass alone is wanted; data NULL: lse */
+    sa_cuda_tensor row_weights; /* fp32, the same axes: what the mass of a row is multiplied with; data NULL: 1 */
     float *lse;  /* [batch, heads_q, query_length] dense, nullable */
     float *mass; /* [batch, heads_kv, mass_length] dense, zeroed by the host on the stream before the plan runs, nullable */
     int64_t batch, heads_q, heads_kv, query_length, kv_length, depth, depth_v;
@@ -159,8 +161,8 @@ SA_CUDA_ASSERT(sizeof(sa_cuda_numbers) == 40, "layout of sa_cuda_numbers");
 SA_CUDA_ASSERT(sizeof(sa_cuda_cache) == 88, "layout of sa_cuda_cache");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, sink_logits) == 224, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, cache) == 584, "layout of sa_cuda_problem");
-SA_CUDA_ASSERT(offsetof(sa_cuda_problem, batch) == 688, "layout of sa_cuda_problem");
-SA_CUDA_ASSERT(offsetof(sa_cuda_problem, scratch) == 816, "layout of sa_cuda_problem");
-SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 976, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(offsetof(sa_cuda_problem, batch) == 752, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(offsetof(sa_cuda_problem, scratch) == 880, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 1040, "layout of sa_cuda_problem");
 
 #endif

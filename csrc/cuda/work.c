@@ -55,6 +55,7 @@ static void stage_later(sa_cuda_work *work, sa_cuda_numbers *numbers, const void
     for (int i = 0; i < rank; i++) {
         bytes *= shape[i];
     }
+    numbers->data = source; /* until its copy has an address: no number for all */
     work->staged[work->staged_count++] = (sa_staged){.numbers = numbers, .source = source, .bytes = bytes};
 }
 
@@ -170,9 +171,8 @@ static sa_status find_counters(const sa_cuda_store *cache, void *stream, sa_cuda
     return sa_counters_take(work->function, &work->scope, stream, count, &work->counters);
 }
 
-static void lay_out_memory(const sa_attend_params *params, sa_cuda_work *work)
+static void lay_out_memory(sa_cuda_work *work)
 {
-    const sa_cuda_problem *problem = &work->problem;
     int64_t bytes = round_up(work->plan.scratch_bytes, ALIGNMENT);
     work->counter_offset = bytes;
     if (work->counters == NULL) {
@@ -183,7 +183,27 @@ static void lay_out_memory(const sa_attend_params *params, sa_cuda_work *work)
         bytes += round_up(work->staged[i].bytes, ALIGNMENT);
     }
     work->memory_bytes = bytes;
-    work->mass_bytes = params->mass != NULL ? problem->batch * problem->heads_kv * problem->mass_length * (int64_t)sizeof(float) : 0;
+}
+
+static void clear_first(sa_cuda_work *work, void *data, int64_t offset, int64_t bytes)
+{
+    if (bytes > 0) {
+        work->cleared[work->cleared_count++] = (sa_cleared){data, offset, bytes};
+    }
+}
+
+static void clear_mass(sa_cuda_work *work)
+{
+    const sa_cuda_problem *p = &work->problem;
+    if (p->mass != NULL) {
+        clear_first(work, p->mass, 0, p->batch * p->heads_kv * p->mass_length * (int64_t)sizeof(float));
+    }
+}
+
+static sa_status too_large(const sa_cuda_work *work)
+{
+    return sa_fail(SA_VALUE_ERROR, "%s(): q has %" PRId64 " rows of %" PRId64 " heads and %" PRId64 " queries, more than a launch can hold",
+                   work->function, work->problem.batch, work->problem.heads_q, work->problem.query_length);
 }
 
 static sa_status plan(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work)
@@ -191,14 +211,14 @@ static sa_status plan(const sa_attend_params *params, const sa_cuda_store *cache
     sa_cuda_device facts;
     SA_TRY(full_facts(params->function, &work->scope, &facts));
     describe(params, cache, &work->problem);
-    work->staged_count = 0;
+    work->staged_count = work->cleared_count = 0;
     take_arrays(params, work);
     if (sa_cuda_choose(&work->problem, &facts, &work->plan) != 0) {
-        return sa_fail(SA_VALUE_ERROR, "%s(): q has %" PRId64 " rows of %" PRId64 " heads and %" PRId64 " queries, more than a launch can hold",
-                       params->function, work->problem.batch, work->problem.heads_q, work->problem.query_length);
+        return too_large(work);
     }
     SA_TRY(find_counters(cache, stream, work));
-    lay_out_memory(params, work);
+    lay_out_memory(work);
+    clear_mass(work);
     return SA_OK;
 }
 
@@ -212,6 +232,113 @@ sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cac
     }
     return status;
 }
+
+/* --- mass alone -------------------------------------------------------------------------------------------------------------------- */
+
+static sa_cuda_tensor rows_of(const sa_tensor *from)
+{
+    return from->rank == 0 ? (sa_cuda_tensor){0} : (sa_cuda_tensor){from->data, from->stride[0], from->stride[1], from->stride[2]};
+}
+
+static sa_status plan_mass(const sa_attend_params *params, const sa_tensor *lse, const sa_tensor *row_weights, sa_cuda_work *work)
+{
+    describe(params, NULL, &work->problem);
+    work->problem.row_lse = rows_of(lse);
+    work->problem.row_weights = rows_of(row_weights);
+    work->staged_count = work->cleared_count = 0;
+    work->counters = NULL;
+    take_arrays(params, work);
+    if (sa_cuda_choose_mass(&work->problem, &work->plan) != 0) {
+        return too_large(work);
+    }
+    lay_out_memory(work);
+    clear_mass(work);
+    return SA_OK;
+}
+
+sa_status sa_cuda_begin_mass(const sa_attend_params *params, const sa_tensor *lse, const sa_tensor *row_weights, sa_cuda_work *work)
+{
+    work->function = params->function;
+    SA_TRY(sa_device_enter(params->function, params->device, &work->scope));
+    const sa_status status = plan_mass(params, lse, row_weights, work);
+    if (status != SA_OK) {
+        sa_device_leave(&work->scope);
+    }
+    return status;
+}
+
+/* --- gradients --------------------------------------------------------------------------------------------------------------------- */
+
+static void describe_backward(const sa_attend_backward_params *params, sa_cuda_backward *b)
+{
+    const sa_cuda_problem forward = b->forward;
+    const int rank = params->attend.sink_logits.rank;
+    *b = (sa_cuda_backward){
+        .forward = forward,
+        .output_gradient = tensor_of(&params->output_gradient),
+        .lse = rows_of(&params->lse),
+        .lse_gradient = rows_of(&params->lse_gradient),
+        .query_gradient = params->query_gradient,
+        .key_gradient = params->key_gradient,
+        .value_gradient = params->value_gradient,
+        .sink_query_gradient = params->sink_query_gradient,
+        .sink_key_gradient = params->sink_key_gradient,
+        .sink_value_gradient = params->sink_value_gradient,
+        .sink_logits_gradient = params->sink_logits_gradient,
+        .sink_bias_gradient = params->sink_bias_gradient,
+        .logit_count = params->attend.sink_logits.data == NULL ? 0 : rank == 0 ? 1 : forward.heads_q * forward.logits,
+        .logits_apart = rank > 0,
+    };
+    b->forward.output = tensor_of(&params->output);
+}
+
+/* What no kernel writes: gradients of keys that belong to no row, or all of them where there is nothing to launch. */
+static void clear_gradients(sa_cuda_work *work)
+{
+    const sa_cuda_backward *b = &work->backward;
+    const sa_cuda_problem *p = &b->forward;
+    const int64_t size = p->dtype == SA_CUDA_F32 ? 4 : 2, keys = p->batch * p->heads_kv * p->kv_length, learned = p->heads_kv * p->learned;
+    const bool nothing = work->plan.launch_count == 0;
+    clear_first(work, NULL, b->bias_offset, nothing ? 0 : b->bias_bytes);
+    if (b->sparse || nothing) {
+        clear_first(work, b->key_gradient, 0, keys * p->depth * size);
+        clear_first(work, b->value_gradient, 0, keys * p->depth_v * size);
+    }
+    if (nothing) { /* no queries */
+        clear_first(work, b->sink_key_gradient, 0, learned * p->depth * size);
+        clear_first(work, b->sink_value_gradient, 0, learned * p->depth_v * size);
+        clear_first(work, b->sink_logits_gradient, 0, b->logit_count * (int64_t)sizeof(float));
+        clear_first(work, b->sink_bias_gradient, 0, p->sink_bias.given ? p->heads_q * p->pinned * (int64_t)sizeof(float) : 0);
+    }
+}
+
+static sa_status plan_backward(const sa_attend_backward_params *params, sa_cuda_work *work)
+{
+    describe(&params->attend, NULL, &work->problem);
+    describe_backward(params, &work->backward);
+    work->staged_count = work->cleared_count = 0;
+    work->counters = NULL;
+    take_arrays(&params->attend, work);
+    if (sa_cuda_choose_backward(&work->backward, &work->plan) != 0) {
+        return too_large(work);
+    }
+    lay_out_memory(work);
+    clear_gradients(work);
+    return SA_OK;
+}
+
+sa_status sa_cuda_begin_backward(const sa_attend_backward_params *params, sa_cuda_work *work)
+{
+    work->function = params->attend.function;
+    SA_TRY(sa_device_enter(work->function, params->attend.device, &work->scope));
+    const sa_status status = plan_backward(params, work);
+    if (status != SA_OK) {
+        sa_device_leave(&work->scope);
+    }
+    return status;
+}
+
+/* --- both -------------------------------------------------------------------------------------------------------------------------- */
 
 sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream)
 {
@@ -227,7 +354,11 @@ sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream)
         staged->numbers->data = (char *)memory + staged->offset;
         SA_TRY(sa_device_stage(function, &work->scope, (char *)memory + staged->offset, staged->source, staged->bytes, stream));
     }
-    SA_TRY(sa_device_fill(function, work->problem.mass, 0, work->mass_bytes, stream));
+    for (int i = 0; i < work->cleared_count; i++) {
+        const sa_cleared *cleared = &work->cleared[i];
+        void *data = cleared->data != NULL ? cleared->data : (char *)memory + cleared->offset;
+        SA_TRY(sa_device_fill(function, data, 0, cleared->bytes, stream));
+    }
     for (int i = 0; i < work->plan.launch_count; i++) {
         SA_TRY(sa_device_launch(function, &work->scope, &work->plan.launches[i], &work->problem, stream));
     }

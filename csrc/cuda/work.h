@@ -16,21 +16,36 @@ typedef struct sa_staged {
     int64_t bytes, offset;
 } sa_staged;
 
+enum { SA_MAX_CLEARED = 9 };
+
+/* Memory to be zeroed; data NULL: in the caller's memory. */
+typedef struct sa_cleared {
+    void *data;
+    int64_t offset, bytes;
+} sa_cleared;
+
 typedef struct sa_cuda_work {
     const char *function;
     sa_device_scope scope;
-    sa_cuda_problem problem;
+    union {
+        sa_cuda_problem problem;
+        sa_cuda_backward backward; /* begins with a problem */
+    };
     sa_cuda_plan plan;
     sa_staged staged[SA_MAX_STAGED];
     int staged_count;
     uint32_t *counters;     /* of the cache, at zero; NULL: to be found */
     int64_t counter_offset; /* in the caller's memory, where counters are NULL */
-    int64_t mass_bytes;
+    sa_cleared cleared[SA_MAX_CLEARED]; /* before the plan runs */
+    int cleared_count;
     int64_t memory_bytes; /* what sa_cuda_run wants, 256-byte aligned; 0: nothing */
 } sa_cuda_work;
 
 /* Plans a checked call with its results in place; `cache` NULL: none. On SA_OK the device is current until sa_cuda_end; otherwise nothing is to be ended. */
 sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work);
+/* Mass alone: params without value, output and lse, but with mass. row_weights of rank 0: 1. */
+sa_status sa_cuda_begin_mass(const sa_attend_params *params, const sa_tensor *lse, const sa_tensor *row_weights, sa_cuda_work *work);
+sa_status sa_cuda_begin_backward(const sa_attend_backward_params *params, sa_cuda_work *work);
 sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream);
 void sa_cuda_end(const sa_cuda_work *work);
 

@@ -65,12 +65,10 @@ static int make_results(sa_call *call, sa_attend_backward_params *params, gradie
     return made ? 0 : -1;
 }
 
-static int run(sa_call *call, const sa_attend_backward_params *params)
+static int run(sa_call *call, const sa_attend_backward_params *params, const sa_like *like)
 {
     if (params->attend.on_cuda) {
-        PyErr_Format(PyExc_NotImplementedError, "%s(): q is on cuda:%d; the backends that have gradients are: cpu", call->function,
-                     params->attend.device);
-        return -1;
+        return sa_run_backward_on_cuda(call, params, like);
     }
     sa_released released;
     sa_release(&released);
@@ -120,7 +118,7 @@ static PyObject *attend_backward(PyObject *module, PyObject *const *arguments, P
         sa_raise(status);
         goto end;
     }
-    if (make_results(&call, &params, &results) < 0 || run(&call, &params) < 0) {
+    if (make_results(&call, &params, &results) < 0 || run(&call, &params, &results.like) < 0) {
         goto end;
     }
     answer = take_results(&call, &results);

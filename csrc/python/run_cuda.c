@@ -9,24 +9,35 @@ static sa_status launch(sa_call *call, sa_cuda_work *work, void *memory)
     return sa_settle_streams(call);
 }
 
-int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_store *cache, const sa_like *like)
+/* A begun call: memory, launches, end. */
+static int finish(sa_call *call, sa_cuda_work *work, const sa_like *like)
 {
-    sa_cuda_work work;
     void *memory = NULL;
-    sa_status status = sa_cuda_begin(params, cache, call->stream, &work);
-    if (status != SA_OK) {
-        sa_raise(status);
-        return -1;
-    }
-    if (work.memory_bytes > 0 && sa_new_memory(call, like, work.memory_bytes, &memory) < 0) {
-        sa_cuda_end(&work);
+    if (work->memory_bytes > 0 && sa_new_memory(call, like, work->memory_bytes, &memory) < 0) {
+        sa_cuda_end(work);
         return -1;
     }
     sa_released released; /* a full queue blocks a launch, and what drains it may need the GIL */
     sa_release(&released);
-    status = launch(call, &work, memory);
+    const sa_status status = launch(call, work, memory);
     sa_reacquire(&released);
-    sa_cuda_end(&work);
+    sa_cuda_end(work);
     sa_raise(status);
     return status == SA_OK ? 0 : -1;
+}
+
+int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_store *cache, const sa_like *like)
+{
+    sa_cuda_work work;
+    const sa_status status = sa_cuda_begin(params, cache, call->stream, &work);
+    sa_raise(status);
+    return status == SA_OK ? finish(call, &work, like) : -1;
+}
+
+int sa_run_backward_on_cuda(sa_call *call, const sa_attend_backward_params *params, const sa_like *like)
+{
+    sa_cuda_work work;
+    const sa_status status = sa_cuda_begin_backward(params, &work);
+    sa_raise(status);
+    return status == SA_OK ? finish(call, &work, like) : -1;
 }

@@ -9,7 +9,7 @@ import sys
 
 from sinkattn._arguments import at_least
 
-from .suites import SUITES
+from .suites import BY_NAME_ONLY, SUITES
 
 LEAST_REPEATS = 5
 
@@ -28,8 +28,10 @@ def parse(argv):
         prog="python -m sinkattn bench",
         description="Times the kernels against torch and NumPy and against this machine's own "
         "peaks, all in one run, and checks every timed result.")
-    parser.add_argument("--suite", type=suites_of, default=list(SUITES), metavar="NAME[,NAME]",
-                        help=f"some of: {', '.join(SUITES)} (default: all)")
+    usual = [name for name in SUITES if name not in BY_NAME_ONLY]
+    parser.add_argument("--suite", type=suites_of, default=usual, metavar="NAME[,NAME]",
+                        help=f"some of: {', '.join(SUITES)} (default: all but "
+                        f"{', '.join(BY_NAME_ONLY)})")
     parser.add_argument("--threads", type=at_least(1), metavar="N",
                         help="for all that are compared (default: what sinkattn uses)")
     parser.add_argument("--repeats", type=at_least(LEAST_REPEATS), default=9, metavar="N",

@@ -5,7 +5,8 @@ Results, also of other devices, are plain numbers and strings:
     peaks    {kind: {rate, median, trials, unit, table}}; rate: the best trial of the run
     lines    one for each contestant of each work: suite, work, title, dtype, who, form, kernel,
              median_s, min_s (per call), calls (timed in a repeat), repeats, flops, bytes,
-             unit, rate (of the median), limit, peak (the best trial among this work's own repeats),
+             items, unit, rate (of the median), limit, peak (the best trial among this work's own
+             repeats),
              percent, times_ours, error, bound, hot, note
     failed   titles of the works whose own result was out of bounds
 """
@@ -31,7 +32,7 @@ from .machine import (
 )
 from .suites import QUICK, SUITES, Lab, Sizes
 
-LIMIT_OF_UNIT = {"FLOP/s": "flops", "byte/s": "bytes"}
+LIMIT_OF_UNIT = {"FLOP/s": "flops", "byte/s": "bytes", "token/s": "items"}
 
 
 def make_arena(sizes, cache_bytes, quick):
@@ -68,7 +69,8 @@ def time_work(work, repeats, peaks):
             "suite": work.suite, "work": work.name, "title": work.title, "dtype": work.dtype,
             "who": one.who, "form": one.form, "kernel": None, "median_s": timed.median,
             "min_s": timed.least, "calls": timed.calls, "repeats": len(timed.seconds),
-            "flops": work.flops, "bytes": work.bytes, "unit": work.unit, "limit": work.limit,
+            "flops": work.flops, "bytes": work.bytes, "items": work.items,
+            "unit": work.unit, "limit": work.limit,
             "peak": peak, "error": one.error(*timed.last), "bound": work.bound, "hot": one.hot,
             "note": work.note,
         })

@@ -21,6 +21,8 @@ def duration(seconds):
 def quantity(rate, unit):
     if rate is None:
         return ""
+    if unit == "token/s":
+        return f"{rate:.4g} token/s"
     if unit == "byte/s":
         return f"{rate / 1e9:.4g} GB/s"
     return f"{rate / 1e9:.4g} GFLOP/s" if rate < 1e13 else f"{rate / 1e12:.4g} TFLOP/s"
@@ -52,6 +54,7 @@ def blocks(lines):
 
 def work_text(title, lines):
     useful = {"FLOP/s": f"{lines[0]['flops'] / 1e9:.3g} GFLOP", "call": "a call",
+              "token/s": f"{lines[0].get('items')} tokens",
               "byte/s": f"{lines[0]['bytes'] / 1e6:.3g} MB"}[lines[0]["unit"]]
     note = f"; {lines[0]['note']}" if lines[0]["note"] else ""
     return "\n".join([f"{title}  [{useful}{note}]", *(row(line_cells(x, lines[0])) for x in lines)])

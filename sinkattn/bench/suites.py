@@ -7,7 +7,7 @@ import numpy as np
 
 from sinkattn import SinkCache, attend
 
-from . import counts, peers, statement
+from . import counts, hugging_face, peers, statement
 from .machine import MIB
 
 
@@ -30,10 +30,11 @@ class Work:
     flops: float
     bytes: float  # that must cross the bus if nothing is cached
     limit: str | None  # the peak that it is compared with: "fma", "bf16_dot", "read"
-    unit: str   # of its rate: "FLOP/s", "byte/s", or "call"
+    unit: str   # of its rate: "FLOP/s", "byte/s", "token/s", or "call"
     bound: float  # on the error of our results
     contestants: list = field(default_factory=list)
     note: str = ""
+    items: int = 0  # tokens of a call
 
 
 @dataclass
@@ -298,4 +299,5 @@ def overhead(lab):
 
 
 SUITES = {"prefill": prefill, "window": window, "linear": linear, "decode": decode, "cache": cache,
-          "overhead": overhead}
+          "overhead": overhead, "hf": hugging_face.works}
+BY_NAME_ONLY = ("hf",)  # it takes transformers and minutes

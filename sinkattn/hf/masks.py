@@ -6,7 +6,6 @@ of layer and forward pass.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from transformers import masking_utils
@@ -40,6 +39,7 @@ class Mask:
         if columns is not None:
             self.starts, self.ends = valid_columns(columns, None if isinstance(offset, torch.Tensor)
                                                    else offset + queries if self.causal else keys)
+        self.keywords = self._keywords()  # of attend, made once for all layers
 
     def contiguous(self):
         return self
@@ -57,9 +57,7 @@ class Mask:
             return self.keys
         return None if isinstance(self.offset, torch.Tensor) else self.offset + self.queries
 
-    @cached_property
-    def keywords(self):
-        """The arguments of attend, made once for all layers."""
+    def _keywords(self):
         given = {"causal": self.causal, "window": self.window}
         if self.sequences is not None:
             boundaries = boundaries_of(self.sequences)
@@ -143,6 +141,24 @@ def _enclosed(function, name):
     return function.__closure__[index].cell_contents
 
 
+def pattern_of(function, attention_mask, local_size, config, given):
+    """The two that are common without a look inside, which a compiler could not follow; the rest
+    by `read_pattern`."""
+    if function is masking_utils.causal_mask_function:
+        return Pattern(causal=True)
+    if is_compiling() and attention_mask is not None and local_size is not None:
+        plain = given.get("allow_is_causal_skip") and not given.get("use_vmap")
+        window = getattr(config, "sliding_window", None)
+        if plain and local_size == window and not getattr(config, "attention_chunk_size", None):
+            return Pattern(causal=True, window=window)
+    return read_closures(function)
+
+
+@torch.compiler.disable
+def read_closures(function):
+    return read_pattern(function)
+
+
 def read_pattern(function, pattern=None):
     """Pattern of a mask function made of transformers' own; NotImplementedError by name."""
     pattern = Pattern() if pattern is None else pattern
@@ -187,7 +203,7 @@ def is_empty_overlay(function):
 
 def mask_function(batch_size, q_length, kv_length, q_offset=0, kv_offset=0,
                   mask_function=masking_utils.causal_mask_function, attention_mask=None,
-                  **unused):
+                  local_size=None, config=None, **given):
     """A Mask. Registered under the name "sinkattn"; called by transformers with keywords alone.
 
     attention_mask : bool [batch, columns] or None, over all columns seen; or the Mask that
@@ -204,5 +220,5 @@ def mask_function(batch_size, q_length, kv_length, q_offset=0, kv_offset=0,
         missing = kv_length - columns.shape[1]
         if missing > 0:  # slots of a static cache that are not yet written
             columns = torch.nn.functional.pad(columns, (0, missing))
-    return Mask(read_pattern(mask_function), batch_size, q_length, kv_length, q_offset - kv_offset,
-                columns)
+    pattern = pattern_of(mask_function, attention_mask, local_size, config, given)
+    return Mask(pattern, batch_size, q_length, kv_length, q_offset - kv_offset, columns)

@@ -7,14 +7,14 @@ import sys
 import numpy as np
 import pytest
 
-from sinkattn import _core, attend
-from sinkattn.bench import clock, counts, main, statement
+from sinkattn import Rope, SinkCache, _core, attend
+from sinkattn.bench import clock, counts, hugging_face, main, statement
 from sinkattn.bench.report import duration, quantity, text_report
-from sinkattn.bench.suites import SUITES, Contestant, causal_mask
+from sinkattn.bench.suites import BY_NAME_ONLY, SUITES, Contestant, causal_mask
 
 FIELDS = {"suite", "work", "title", "dtype", "who", "form", "kernel", "median_s", "min_s", "calls",
           "repeats", "flops", "bytes", "unit", "limit", "rate", "peak", "percent", "times_ours",
-          "error", "bound", "hot", "note"}
+          "error", "bound", "hot", "note", "items"}
 
 
 def run_quick(capsys, *arguments):
@@ -92,7 +92,7 @@ def test_peak_refuses(arguments):
 def test_a_run_has_every_line_and_every_field(capsys):
     code, results = run_quick(capsys)
     assert code == 0 and results["failed"] == []
-    assert {line["suite"] for line in results["lines"]} == set(SUITES)
+    assert {line["suite"] for line in results["lines"]} == set(SUITES) - set(BY_NAME_ONLY)
     for line in results["lines"]:
         assert set(line) == FIELDS
         assert line["median_s"] >= line["min_s"] > 0
@@ -122,6 +122,29 @@ def test_unknown_suites_are_refused_with_the_known_ones(capsys):
         main(["--suite", "window,nonsense"])
     error = capsys.readouterr().err
     assert "no suite nonsense" in error and all(name in error for name in SUITES)
+
+
+def test_generate_of_hugging_face(capsys):
+    """By name alone; where transformers is missing, a sentence in its place."""
+    code, results = run_quick(capsys, "--suite", "hf")
+    assert code == 0
+    if not results["lines"]:
+        assert any("is not installed" in reason for reason in results["skipped"])
+        return
+    assert [line["who"] for line in results["lines"]] == ["sinkattn", "torch"]
+    assert all(line["rate"] == pytest.approx(8 / line["median_s"]) for line in results["lines"])
+    assert "token/s" in text_report(results)
+
+
+def test_a_wrong_step_of_a_stream_is_seen():
+    """The check of generate's first layer must fail on another window."""
+    random = np.random.default_rng(2)
+    cache = SinkCache(1, 1, 8, sinks=2, window=6, rope=Rope.from_theta(8, applied=True))
+    q, k, v = random.standard_normal((3, 1, 1, 20, 8)).astype(np.float32)
+    out = cache.attend(q, k, v)[:, :, -1:]
+    state = cache.state_dict()
+    assert hugging_face.error_of_step(state, q[:, :, -1:], out) < 2e-6
+    assert hugging_face.error_of_step(state | {"window": np.int64(5)}, q[:, :, -1:], out) > 1e-3
 
 
 @pytest.mark.parametrize("arguments", [["--threads", "0"], ["--repeats", "4"], ["--device", "tpu"]])

@@ -83,6 +83,33 @@ static void sweep(void)
     }
 }
 
+/* Every shape of the backward pass on every device: it must fit, and every row and key must find its tile. */
+static void backward_sweep(void)
+{
+    const sa_cuda_device *devices[] = {&h200, &a100, &rtx};
+    const int64_t depths[] = {1, 64, 80, 128, 192, 256};
+    for (int64_t i = 0; i < 6 * 3 * 3 * 2; i++) {
+        sa_cuda_backward b = {.forward = problem_of(3, 8, 2, depths[i % 6], 1000, 1500, (int)(i / 6 % 3))};
+        sa_cuda_plan plan;
+        b.forward.learned = i / 18 % 3;
+        b.forward.sequences = i / 54 % 2 ? 5 : 0;
+        b.logit_count = 8;
+        CHECK(sa_cuda_choose_backward(&b, &plan) == 0 && plan.launch_count == 4);
+        for (size_t d = 0; d < 3; d++) {
+            check_plan(&b.forward, devices[d], &plan);
+        }
+        const int64_t rows = b.forward.sequences > 0 ? 1 : 3;
+        CHECK(!strcmp(kernel_of(&plan, 0), "backward_rows") && !strcmp(kernel_of(&plan, 3), "backward_numbers"));
+        CHECK(plan.launches[0].grid * SA_BACKWARD_ROW_WARPS >= 3 * 8 * 1000);
+        CHECK(b.query_tiles * 128 >= 1000 && b.key_tiles * 128 >= 1500 && (b.learned_tiles > 0) == (b.forward.learned > 0));
+        CHECK(plan.launches[2].grid == b.query_tiles * 8 * rows && plan.launches[1].grid % ((b.learned_tiles + b.key_tiles * rows) * 2) == 0);
+        CHECK(b.rows_offset + 3 * 8 * 1000 * (int64_t)sizeof(sa_cuda_row) <= plan.scratch_bytes && plan.counter_count == 0);
+    }
+    sa_cuda_backward nothing = {.forward = problem_of(3, 8, 2, 64, 0, 10, SA_CUDA_BF16)};
+    sa_cuda_plan plan;
+    CHECK(sa_cuda_choose_backward(&nothing, &plan) == 0 && plan.launch_count == 0 && plan.scratch_bytes == 0);
+}
+
 static void expect_decode(sa_cuda_problem p, int32_t splits, uint32_t cluster, uint32_t block)
 {
     const sa_cuda_plan plan = plan_of(&p, &h200);
@@ -161,6 +188,7 @@ static void refuses_endless_grids(void)
 int main(void)
 {
     sweep();
+    backward_sweep();
     measured_layouts();
     cache_launches();
     nothing_to_do();

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import emulated
 import numpy as np
 import pytest
+from numerics.test_backward import assert_gradients, flat
 from oracle import dtype_of, normal
 from tolerance import FP32_RELATIVE, HALF_RELATIVE, assert_close, assert_lse_close
 
@@ -167,3 +168,115 @@ def test_merge_of_nan_is_nan(library):
     out, lse = np.ones((2, 8), np.float32), np.zeros(2, np.float32)
     got = emulated.merge(library, [out, out], [lse, np.array([np.nan, 0], np.float32)])
     assert np.isnan(got[0][0]).all() and np.isnan(got[1][0]) and (got[0][1] == 1).all()
+
+
+def check_gradients(library, random, q, k, v, on_device=False, **keywords):
+    """Against the reference for the same out and lse, by the bounds of the CPU's tests."""
+    out, lse = reference.attend(q, k, v, return_lse=True, **keywords)
+    out, lse = out.astype(q.dtype), lse.astype(np.float32)
+    dout, dlse = normal(random, *out.shape, dtype=q.dtype.name), normal(random, *lse.shape)
+    got = flat(emulated.attend_backward(library, dout, q, k, v, out, lse, dlse=dlse,
+                                        on_device=on_device, **keywords))
+    expected = flat(reference.attend_backward(dout, q, k, v, out, lse, dlse=dlse, **keywords))
+    assert got.keys() == expected.keys()
+    assert_gradients(got, expected, q.dtype.name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("seed", range(8))
+def test_gradients_of_every_argument(library, seed, dtype):
+    random = np.random.default_rng([5, seed])
+    batch, heads_kv, group = (int(random.choice(x)) for x in ((1, 2), (1, 2), (1, 3)))
+    depth, depth_v = ((64, 64), (128, 128), (256, 192), (80, 96), (20, 33), (128, 64), (256, 256), (40, 40))[seed]
+    queries, keys = int(random.choice((1, 5, 40, 150))), int(random.choice((1, 33, 150)))
+    q = normal(random, batch, heads_kv * group, queries, depth, dtype=dtype)
+    k = normal(random, batch, heads_kv, keys, depth, dtype=dtype)
+    v = normal(random, batch, heads_kv, keys, depth_v, dtype=dtype)
+    arguments = draw_arguments(random, dtype, heads_kv * group, heads_kv, batch, queries, keys,
+                               depth, depth_v)
+    check_gradients(library, random, q, k, v, on_device=seed % 2 == 1, **arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gradients_of_what_nobody_sees_are_zero(library, dtype):
+    """Padding, keys outside every window, a removed column, and queries that are not real, all NaN."""
+    random = np.random.default_rng(6)
+    q, dout = (normal(random, 2, 2, 40, 64, dtype=dtype) for _ in range(2))
+    k, v = (normal(random, 2, 1, 200, 64, dtype=dtype) for _ in range(2))
+    arguments = {"window": 9, "sinks": 4, "sink_bias": normal(random, 2, 4), "starts": np.array([0, 7]),
+                 "lengths": np.array([200, 100]), "q_lengths": np.array([33, 40])}
+    arguments["sink_bias"][:, 2] = -np.inf
+    out, lse = (x.astype(t) for x, t in zip(reference.attend(q, k, v, return_lse=True, **arguments),
+                                            (q.dtype, np.float32)))
+    expected = flat(reference.attend_backward(dout, q, k, v, out, lse, **arguments))
+    seen = np.zeros((2, 200), bool)
+    seen[0, [0, 1, 3, *range(200 - 33 - 8, 200)]] = seen[1, [7, 8, 10, *range(107 - 40 - 8, 107)]] = True
+    for x in (k, v):
+        x.swapaxes(1, 2)[~seen] = np.nan
+    for x in (q, dout, out, lse):
+        x[0, :, 33:] = np.nan
+    got = flat(emulated.attend_backward(library, dout, q, k, v, out, lse, **arguments))
+    assert_gradients(got, expected, dtype)
+    assert not got["k"].swapaxes(1, 2)[~seen].any() and not got["q"][0, :, 33:].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_at_infinite_sinks_are_finite(library, dtype):
+    random = np.random.default_rng(7)
+    q, k = normal(random, 1, 4, 40, 64, dtype=dtype), normal(random, 1, 2, 40, 64, dtype=dtype)
+    logits = np.array([[np.inf, 0.0], [-np.inf, -np.inf], [-np.inf, 2.0], [1e4, 0.0]], np.float32)
+    check_gradients(library, random, q, k, k, sink_logits=logits, window=9, sinks=2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gradients_do_not_depend_on_strides(library, dtype):
+    random = np.random.default_rng(8)
+    x = np.ascontiguousarray(normal(random, 2, 33, 4, 40, dtype=dtype)).transpose(0, 2, 1, 3)
+    out, lse = (y.astype(t) for y, t in zip(reference.attend(x, x, x, return_lse=True), (x.dtype, np.float32)))
+    dout = np.broadcast_to(normal(random, 1, 1, 1, 40, dtype=dtype), out.shape)
+    odd = np.zeros((*lse.shape, 2), np.float32)
+    odd[..., 0] = lse
+    ones = np.broadcast_to(np.float32(1), lse.shape)
+    got = emulated.attend_backward(library, dout, x, x, x, out, odd[..., 0], dlse=ones)
+    expected = emulated.attend_backward(library, *map(np.ascontiguousarray, (dout, x, x, x, out, lse)),
+                                        dlse=ones.copy())
+    for name in "qkv":
+        np.testing.assert_array_equal(got[name], expected[name])
+
+
+def test_gradients_without_queries_are_zero(library):
+    for batch, queries, keys in ((0, 3, 3), (1, 0, 3), (1, 3, 0)):
+        q, k = (np.ones((batch, 2, n, 8), np.float32) for n in (queries, keys))
+        out, lse = np.zeros_like(q), np.zeros(q.shape[:3], np.float32)
+        got = flat(emulated.attend_backward(library, out + 1, q, k, k, out, lse, sink_logits=np.float32(1), sinks=1,
+                                            sink_bias=np.ones((2, 1), np.float32), sink_kv=(k[:1].sum(0), k[:1].sum(0))))
+        assert not any(x.any() for name, x in got.items() if keys or not name.startswith("sink_kv"))
+
+
+@pytest.mark.parametrize("window", [3, [0, 5], None], ids=str)
+def test_arrays_of_the_host_arrive(library, window):
+    """A window for each head that came from the host was once taken for none."""
+    random = np.random.default_rng(9)
+    q, k, v = (normal(random, 1, 2, n, 64, dtype="float16") for n in (1, 90, 90))
+    arguments = {"window": window, "sink_logits": np.array([0.5, 1.0]), "lengths": [80]}
+    for on_device in (False, True):
+        got = emulated.attend(library, q, k, v, on_device=on_device, **arguments)
+        check(got, reference.attend(q, k, v, return_lse=True, **arguments), "float16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", range(4))
+def test_mass_alone(library, seed, dtype):
+    """From an lse of any strides; row weights multiply the queries that they belong to."""
+    random = np.random.default_rng([10, seed])
+    q, k = normal(random, 1 + seed % 2, 6, 20, 40, dtype=dtype), normal(random, 1 + seed % 2, 2, 150, 40, dtype=dtype)
+    arguments = draw_arguments(random, dtype, 6, 2, len(q), 20, 150, 40, 40)
+    reduce, queries = ("sum", "max")[seed % 2], (None, 7)[seed // 2]
+    _, lse, expected = reference.attend(q, k, k, return_lse=True, return_mass=True, mass_reduce=reduce,
+                                        mass_queries=queries, **arguments)
+    odd = np.repeat(lse.astype(np.float32), 2, axis=-1)[..., ::2]
+    keywords = {"reduce": reduce, "queries": queries, "on_device": seed > 1, **arguments}
+    got = emulated.mass(library, q, k, odd, **keywords)
+    assert_close(got, expected, 1e-5 if dtype == "float32" else 1e-3)
+    halves = np.broadcast_to(np.float32(0.5), lse.shape)
+    np.testing.assert_array_equal(emulated.mass(library, q, k, odd, row_weights=halves, **keywords), got / 2)

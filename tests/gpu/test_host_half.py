@@ -128,6 +128,32 @@ assert sinkattn.show_config()["cuda_launches"] == after
 
 
 @BUILT
+def test_gradients_launch_what_they_need(fake):
+    """Two large kernels, one before and one behind; nothing where there are no queries."""
+    run("""
+lse = Device(np.zeros(X.shape[:3], np.float32))
+def launched(call):
+    before = dict(sinkattn.show_config()["cuda_launches"])
+    call()
+    after = sinkattn.show_config()["cuda_launches"]
+    return {name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name, 0)}
+backward = lambda x, rows, **keywords: sinkattn.attend_backward(x, x, x, x, x, rows, **keywords)
+plain = {"backward_rows": 1, "backward_keys_f32_64": 1, "backward_queries_f32_64": 1}
+assert launched(lambda: backward(D, lse, dlse=lse)) == plain
+assert launched(lambda: backward(D, lse, sink_logits=0.5, window=2, sinks=1, sink_q=D, deterministic=False)) == {
+    **plain, "backward_numbers": 1}
+got = backward(D, lse, sinks=1, sink_bias=[[0.0], [1.0]], sink_kv=(Device(X[0]), Device(X[0])), lengths=[2])
+assert list(got) == ["q", "k", "v", "sink_bias", "sink_kv"]
+assert got["sink_bias"].__cuda_array_interface__["shape"] == (2, 1)
+none = Device(np.ones((1, 2, 0, 8), np.float32)), Device(np.ones((1, 2, 0), np.float32))
+some = lambda: sinkattn.attend_backward(none[0], none[0], D, D, none[0], none[1], sink_logits=[0.0, 1.0])
+assert launched(lambda: globals().update(zero=some())) == {"stage": 1}
+refused(lambda: backward(D, X[..., 0]), ValueError, "lse is on the CPU, expected cuda:0")
+refused(lambda: backward(D, Device(X.astype(np.float16)[..., 0].copy())), TypeError, "lse is float16")
+""", fake)
+
+
+@BUILT
 def test_host_arrays_arrive_and_device_arrays_are_not_read(fake):
     """Lengths at address 8: a host that looks dies."""
     run("""

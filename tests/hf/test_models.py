@@ -126,3 +126,14 @@ def test_attention_without_a_mask():
         expected = model(features, decoder_input_ids=ids).logits
         got = hf.enable(model)(features, decoder_input_ids=ids).logits
     assert_same(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_in_one_graph():
+    """With attention_mask given: without it transformers takes any compiled text for a packed one."""
+    model, ids = build("gemma2"), tokens(2, 16)
+    expected = logits_of(model, ids)
+    hf.enable(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same(logits_of(compiled, ids, attention_mask=torch.ones_like(ids), use_cache=False), expected)
+    torch.compiler.reset()

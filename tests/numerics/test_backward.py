@@ -83,6 +83,18 @@ def test_the_reference_is_the_derivative_of_attend(name, arguments):
 
 # --- the kernels ----------------------------------------------------------------------------------
 
+def assert_gradients(got, expected, dtype):
+    """Both flat; dtype: the name of that of q."""
+    scale = sum(np.linalg.norm(x) for x in expected.values())
+    for name, gradient in got.items():
+        assert gradient.dtype == (np.float32 if name in ("sink_logits", "sink_bias") else dtype_of(dtype)), name
+        wanted = expected[name]
+        if np.linalg.norm(wanted) < 1e-4 * scale:       # what cancels keeps the errors of its terms
+            assert np.linalg.norm(gradient.astype(float) - wanted) <= HALF_RELATIVE.get(dtype, 1e-5) * 1e-3 * scale
+        else:
+            assert relative_error(gradient, wanted) <= HALF_RELATIVE.get(dtype, FP32_RELATIVE), name
+
+
 def check_backward(q, k, v, with_dlse=True, random=None, **keywords):
     """attend_backward against the reference for the same out and lse. Returns what it gave."""
     random = random or np.random.default_rng(7)
@@ -91,14 +103,7 @@ def check_backward(q, k, v, with_dlse=True, random=None, **keywords):
     dout, dlse = normal(random, *out.shape, dtype=dtype), normal(random, *lse.shape) if with_dlse else None
     got = attend_backward(dout, q, k, v, out, lse, dlse=dlse, **keywords)
     expected = flat(reference.attend_backward(dout, q, k, v, out, lse, dlse=dlse, **keywords))
-    scale = sum(np.linalg.norm(x) for x in expected.values())
-    for name, gradient in flat(got).items():
-        assert gradient.dtype == (np.float32 if name in ("sink_logits", "sink_bias") else q.dtype), name
-        wanted = expected[name]
-        if np.linalg.norm(wanted) < 1e-4 * scale:       # what cancels keeps the errors of its terms
-            assert np.linalg.norm(gradient.astype(float) - wanted) <= HALF_RELATIVE.get(dtype, 1e-5) * 1e-3 * scale
-        else:
-            assert relative_error(gradient, wanted) <= HALF_RELATIVE.get(dtype, FP32_RELATIVE), name
+    assert_gradients(flat(got), expected, dtype)
     return got
 
 

@@ -1,13 +1,14 @@
 /* What the host's half of a call asks of the driver (kernels.h), on the host: one device, whose memory is ours. */
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "launch.h"
 #include "merge.h"
 
 extern "C" {
-#include "../sinkattn.h"
 #include "kernels.h"
+#include "work.h"
 
 void merge(sa_merge_problem);
 
@@ -16,8 +17,11 @@ int64_t sa_dtype_size(sa_dtype dtype)
     return dtype == SA_F32 ? 4 : 2;
 }
 
-sa_status sa_device_enter(const char *, int, sa_device_scope *)
+sa_status sa_device_enter(const char *, int, sa_device_scope *scope)
 {
+    static const sa_cuda_device h200 = {90, 132, 232448, 0};
+    scope->device = &h200;
+    scope->ordinal = 0;
     return SA_OK;
 }
 
@@ -25,12 +29,19 @@ void sa_device_leave(const sa_device_scope *)
 {
 }
 
+sa_status sa_device_cluster_limit(const char *, const sa_device_scope *, int32_t *limit)
+{
+    *limit = 8;
+    return SA_OK;
+}
+
 sa_status sa_device_launch(const char *, const sa_device_scope *, const sa_cuda_launch *launch, void *pod, void *)
 {
-    if (launch->kernel != sa_cuda_kernel_count + SA_KERNEL_MERGE) {
-        abort();
+    if (launch->kernel == sa_cuda_kernel_count + SA_KERNEL_MERGE) {
+        device::launch_kernel([=] { merge(*(sa_merge_problem *)pod); }, *launch);
+    } else {
+        device::launch_problem(*launch, pod);
     }
-    device::launch_kernel([=] { merge(*(sa_merge_problem *)pod); }, *launch);
     return SA_OK;
 }
 
@@ -38,5 +49,56 @@ sa_status sa_device_stage(const char *, const sa_device_scope *, void *target, c
 {
     memcpy(target, source, (size_t)bytes);
     return SA_OK;
+}
+
+sa_status sa_device_fill(const char *, void *target, int byte, int64_t bytes, void *)
+{
+    memset(target, byte, (size_t)bytes);
+    return SA_OK;
+}
+
+sa_status sa_counters_take(const char *, const sa_device_scope *, void *, int64_t, uint32_t **counters)
+{
+    *counters = nullptr; /* some of the caller's memory */
+    return SA_OK;
+}
+
+int64_t sa_cuda_store_slots(const sa_cuda_store *)
+{
+    abort();
+}
+
+static int run(sa_cuda_work *work)
+{
+    std::vector<char> memory((size_t)work->memory_bytes + 256, (char)0xff);
+    const sa_status status = sa_cuda_run(work, (void *)(((uintptr_t)memory.data() + 255) / 256 * 256), nullptr);
+    sa_cuda_end(work);
+    return status;
+}
+
+int run_attend(const sa_attend_params *params)
+{
+    sa_cuda_work work;
+    const sa_status status = sa_cuda_begin(params, nullptr, nullptr, &work);
+    return status == SA_OK ? run(&work) : status;
+}
+
+int run_mass(const sa_attend_params *params, const sa_tensor *lse, const sa_tensor *row_weights)
+{
+    sa_cuda_work work;
+    const sa_status status = sa_cuda_begin_mass(params, lse, row_weights, &work);
+    return status == SA_OK ? run(&work) : status;
+}
+
+int run_backward(const sa_attend_backward_params *params)
+{
+    sa_cuda_work work;
+    const sa_status status = sa_cuda_begin_backward(params, &work);
+    return status == SA_OK ? run(&work) : status;
+}
+
+int64_t size_of_backward_params(void)
+{
+    return sizeof(sa_attend_backward_params);
 }
 }

@@ -132,23 +132,35 @@ void launch_kernel(const std::function<void()> &kernel, const sa_cuda_launch &la
         _(prefill_f16_256) _(prefill_bf16_64) _(prefill_bf16_128) _(prefill_bf16_256) _(attend_f32_64) _(attend_f32_128) _(attend_f32_256) \
             _(cache_rotate) _(cache_commit) _(mass)
 
+#define SA_BACKWARD_KERNELS(_)                                                                                                             \
+    _(backward_rows)                                                                                                                       \
+    _(backward_numbers) _(backward_keys_f32_64) _(backward_keys_f32_128) _(backward_keys_f32_256) _(backward_queries_f32_64)               \
+        _(backward_queries_f32_128) _(backward_queries_f32_256) _(backward_keys_f16_64) _(backward_keys_f16_128) _(backward_keys_f16_256)  \
+            _(backward_keys_bf16_64) _(backward_keys_bf16_128) _(backward_keys_bf16_256) _(backward_queries_f16_64)                        \
+                _(backward_queries_f16_128) _(backward_queries_f16_256) _(backward_queries_bf16_64) _(backward_queries_bf16_128)           \
+                    _(backward_queries_bf16_256)
+
 #define SA_DECLARE(name) extern "C" void name(sa_cuda_problem);
 SA_KERNELS(SA_DECLARE)
+#define SA_DECLARE_BACKWARD(name) extern "C" void name(sa_cuda_backward);
+SA_BACKWARD_KERNELS(SA_DECLARE_BACKWARD)
 
-static std::function<void(sa_cuda_problem)> kernel_named(const std::string &wanted)
+void device::launch_problem(const sa_cuda_launch &launch, const void *pod)
 {
+    const std::string wanted = sa_cuda_kernels[launch.kernel].name;
 #define SA_COMPARE(name)                                                                                                                   \
     if (wanted == #name) {                                                                                                                 \
-        return name;                                                                                                                       \
+        launch_kernel([=] { name(*(const sa_cuda_problem *)pod); }, launch);                                                               \
+        return;                                                                                                                            \
     }
     SA_KERNELS(SA_COMPARE)
+#define SA_COMPARE_BACKWARD(name)                                                                                                          \
+    if (wanted == #name) {                                                                                                                 \
+        launch_kernel([=] { name(*(const sa_cuda_backward *)pod); }, launch);                                                              \
+        return;                                                                                                                            \
+    }
+    SA_BACKWARD_KERNELS(SA_COMPARE_BACKWARD)
     abort();
-}
-
-void device::launch_problem(const sa_cuda_launch &launch, const sa_cuda_problem *problem)
-{
-    const auto kernel = kernel_named(sa_cuda_kernels[launch.kernel].name);
-    launch_kernel([=] { kernel(*problem); }, launch);
 }
 
 /* Plans and runs a problem whose pointers are the host's. Returns 0 when the counters are zero again. */

@@ -11,7 +11,9 @@ namespace device
 
 /* Runs every block of a grid, cluster after cluster, to its end. */
 void launch_kernel(const std::function<void()> &kernel, const sa_cuda_launch &launch);
-void launch_problem(const sa_cuda_launch &launch, const sa_cuda_problem *problem);
+
+/* By its index among sa_cuda_kernels. */
+void launch_problem(const sa_cuda_launch &launch, const void *pod);
 
 } // namespace device
 

@@ -173,6 +173,12 @@ inline void copy_async_16(uint32_t target, const void *source, uint64_t)
     memcpy(shared_memory() + target, source, 16);
 }
 
+inline void copy_async_8(uint32_t target, const void *source)
+{
+    must_be_aligned((uint64_t)(uintptr_t)source | target, 8);
+    memcpy(shared_memory() + target, source, 8);
+}
+
 inline void copy_async_commit()
 {
 }

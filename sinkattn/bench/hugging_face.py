@@ -1,0 +1,239 @@
+"""generate of a Hugging Face model as the stream grows: SinkCache against sdpa with DynamicCache.
+
+A small Llama with random weights, contexts of random keys and values: what is timed does not depend
+on either. On a GPU: python -m sinkattn.bench.hugging_face --device cuda --dtype bfloat16
+"""
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from .machine import MIB
+from .statement import as_double
+
+TOKENS = 8  # that a timed call generates
+
+
+@dataclass
+class Sizes:
+    hidden: int = 512
+    layers: int = 6
+    heads: tuple = (8, 2)
+    depth: int = 64
+    cache: tuple = (4, 1020)  # pinned, window
+    contexts: tuple = (1024, 4096, 16384, 32768)
+
+
+QUICK = Sizes(hidden=32, layers=2, heads=(2, 1), depth=16, cache=(2, 14), contexts=(32,))
+
+
+def missing():
+    """Why this cannot run here, or None."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            return f"hf: {package} is not installed; pip install 'sinkattn[hf]'"
+    return None
+
+
+def make_models(sizes, dtype, device):
+    """The same weights with our attention and with sdpa."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sinkattn import hf
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=sizes.hidden, intermediate_size=2 * sizes.hidden,
+        num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads[0],
+        num_key_value_heads=sizes.heads[1], head_dim=sizes.depth, pad_token_id=None,
+        bos_token_id=None, eos_token_id=None, max_position_embeddings=1 << 20)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    model = model.to(device, getattr(torch, dtype)).eval()
+    return hf.enable(copy.deepcopy(model)), model
+
+
+class Stream:
+    """A model in the middle of a text."""
+
+    def __init__(self, model, cache, context, fill):
+        import torch
+        self.model, self.cache = model, cache
+        self.ids = torch.zeros(1, context + 1, dtype=torch.int64, device=model.device)
+        fill(cache, context)
+
+    def generate(self):
+        """TOKENS more tokens; the text and the cache are then so much longer."""
+        import torch
+
+        from sinkattn.hf.sinks import cache_keyword
+        with torch.no_grad():
+            self.ids = self.model.generate(
+                self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=TOKENS,
+                do_sample=False, **{cache_keyword(self.model): self.cache})
+        return self.ids
+
+
+def random_states(sizes, context, model):
+    """Keys and values of a layer."""
+    import torch
+    shape = (1, sizes.heads[1], context, sizes.depth)
+    return [torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2)]
+
+
+def ours(sizes, model, context):
+    from sinkattn import hf
+    from sinkattn.hf.masks import Mask, Pattern
+
+    def fill(cache, length):
+        import torch
+        for layer in cache.layers:
+            key, value = random_states(sizes, length, model)
+            query = key.new_zeros(1, sizes.heads[0], length, sizes.depth)
+            with torch.no_grad():
+                layer.attend(query, key, value, Mask(Pattern(causal=True), 1, length, length, 0))
+    sinks, window = sizes.cache
+    return Stream(model, hf.SinkCache(model.config, sinks=sinks, window=window), context, fill)
+
+
+def theirs(sizes, model, context):
+    from transformers import DynamicCache
+
+    def fill(cache, length):
+        for layer in range(sizes.layers):
+            cache.update(*random_states(sizes, length, model), layer)
+    return Stream(model, DynamicCache(), context, fill)
+
+
+def bytes_of(cache):
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    return sum(x.numel() * x.element_size() for layer in cache.layers
+               for x in (layer.keys, layer.values))
+
+
+def stream_error(stream):
+    """Relative L2 error of the first layer's attention for one more token against float64, from
+    what the ring then holds."""
+    layer, caught = stream.cache.layers[0], {}
+    inner = layer.stream
+
+    class Spy:
+        def __getattr__(self, name):
+            return getattr(inner, name)
+
+        def attend(self, q, k, v, *, out, **keywords):
+            inner.attend(q, k, v, out=out, **keywords)
+            caught.update(q=q, out=out.clone())
+    layer.stream = Spy()
+    stream.generate()
+    layer.stream = inner
+    # the last of the tokens: its own key is the newest in the ring
+    return error_of_step(inner.state_dict(), as_double(caught["q"].float().cpu()),
+                         as_double(caught["out"].float().cpu()))
+
+
+def wide(bits):
+    if bits.dtype == np.uint16:
+        bits = (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.astype(np.float64)
+
+
+def error_of_step(state, q, out):
+    """By the definition: the pinned keys are scored with the query at its slot (halves turn)."""
+    keys, values = wide(state["keys"][0]), wide(state["values"][0])
+    sinks, window, length = int(state["sinks"]), int(state["window"]), int(state["length"][0])
+    angle = (min(length - 1, sinks + window - 1) - (length - 1)) * state["rope_inv_freq"]
+    a, b = np.split(q[0, :, 0], 2, axis=-1)
+    turned = np.concatenate([a * np.cos(angle) - b * np.sin(angle),
+                             b * np.cos(angle) + a * np.sin(angle)], -1)
+    group, scale = q.shape[1] // keys.shape[0], q.shape[-1] ** -0.5
+    expected = []
+    for head in range(q.shape[1]):
+        k, v = keys[head // group], values[head // group]
+        score = np.concatenate([k[:sinks] @ turned[head], k[sinks:] @ q[0, head, 0]]) * scale
+        weight = np.exp(score - score.max())
+        expected.append(weight @ v / weight.sum())
+    expected = np.array(expected)
+    return float(np.linalg.norm(out[0, :, 0] - expected) / np.linalg.norm(expected))
+
+
+def peer_error(stream, eager):
+    """Relative L2 of the next token's logits, sdpa against eager attention, from one cache."""
+    import torch
+
+    from sinkattn.hf.sinks import cache_keyword
+    logits = []
+    with torch.no_grad():
+        for model in (stream.model, eager):
+            given = {cache_keyword(model): copy.deepcopy(stream.cache)}
+            logits.append(model(stream.ids[:, -1:], **given).logits.double())
+    return float((logits[0] - logits[1]).norm() / logits[1].norm())
+
+
+def works(lab):
+    """For the CPU table."""
+    from .suites import QUICK as QUICK_TABLE
+    from .suites import Contestant, Work, bound_of
+    reason = missing()
+    if reason:
+        lab.skip(reason)
+        return
+    sizes = QUICK if lab.sizes is QUICK_TABLE else Sizes()
+    enabled, plain = make_models(sizes, "float32", "cpu")
+    eager = copy.deepcopy(plain)
+    eager.set_attn_implementation("eager")
+    (sinks, window), (heads_q, heads_kv) = sizes.cache, sizes.heads
+    for context in sizes.contexts:
+        work = Work("hf", f"generate at {context}",
+                    f"generate, {sizes.layers} layers, {heads_q}/{heads_kv} heads, "
+                    f"D {sizes.depth}, fp32, after {context} tokens", "float32", 0, 0, None,
+                    "token/s", bound_of("float32", window), items=TOKENS,
+                    note="the text grows with each call")
+        for who, form, make, model, check in (
+                ("sinkattn", f"SinkCache {sinks} + {window}", ours, enabled, stream_error),
+                ("torch", "sdpa + DynamicCache", theirs, plain,
+                 partial(peer_error, eager=eager))):
+            stream = make(sizes, model, context)
+            size = bytes_of(stream.cache) / MIB
+            work.contestants.append(Contestant(
+                who, f"{form}, {size:.1f} MiB", lambda s: s.generate(), [(stream,)],
+                lambda _, out, s=stream, c=check: c(s)))
+        yield work
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m sinkattn.bench.hugging_face")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(arguments)
+    sizes = QUICK if options.quick else Sizes()
+    models = make_models(sizes, options.dtype, options.device)
+    print(f"tokens per second of generate, median of {options.repeats}; bytes of the cache")
+    for context in sizes.contexts:
+        streams = [make(sizes, model, context) for make, model in zip((ours, theirs), models)]
+        held = [bytes_of(stream.cache) for stream in streams]
+        seconds = [[], []]
+        for stream in streams:
+            stream.generate()
+        for _ in range(options.repeats):
+            for stream, taken in zip(streams, seconds):
+                begin = time.perf_counter()
+                stream.generate()[0, -1].item()  # waits for a device
+                taken.append(time.perf_counter() - begin)
+        rates = [TOKENS / statistics.median(taken) for taken in seconds]
+        print(f"after {context:6}: SinkCache {rates[0]:8.1f} ({held[0]} bytes), sdpa + "
+              f"DynamicCache {rates[1]:8.1f} ({held[1]} bytes), {rates[0] / rates[1]:.2f}x; "
+              f"error of ours {stream_error(streams[0]):.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
