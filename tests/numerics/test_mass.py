@@ -59,7 +59,7 @@ def test_threads_do_not_matter(table):
 
 
 def test_the_core_counts_its_arguments():
-    with pytest.raises(TypeError, match="_core.mass takes 22 arguments, got 1"):
+    with pytest.raises(TypeError, match=r"_core\.mass takes 22 arguments, got 1"):
         _core.mass(X)
 
 
