@@ -148,6 +148,13 @@ typedef struct sa_cache_config {
 /* Checks the configuration ("SinkCache(): ..." messages) and allocates; memory never grows afterwards but for the scratch of a call. */
 sa_status sa_cache_new(const sa_cache_config *config, sa_cache **cache);
 void sa_cache_free(sa_cache *cache);
+
+/* The same in memory of the caller, in two steps: a cache without memory, then its place, 16-byte aligned, which outlives it. `keep` takes
+ * over what another cache of the same configuration left there, its lengths checked, else the place is emptied. Every other function is for
+ * a settled cache. */
+sa_status sa_cache_over(const sa_cache_config *config, sa_cache **cache);
+int64_t sa_cache_storage_bytes(const sa_cache *cache);
+sa_status sa_cache_settle(sa_cache *cache, void *memory, bool keep);
 sa_status sa_cache_clone(const sa_cache *cache, sa_cache **copy);
 const sa_cache_config *sa_cache_describe(const sa_cache *cache);
 int64_t sa_cache_nbytes(const sa_cache *cache);

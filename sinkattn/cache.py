@@ -56,6 +56,16 @@ def _cuda_memory(size, ordinal):
     return torch.empty(size, dtype=torch.uint8, device=f"cuda:{ordinal}")
 
 
+def core_of(config, ordinal, storage, keep=False):
+    """The cache of the core, on a CUDA device or (None) the CPU, in `storage` or in memory of its
+    own. keep: what another cache of the same configuration left in the storage counts."""
+    if ordinal is None:
+        return _core.Cache(*config, storage, keep)
+    return _core.CudaCache(
+        *config, ordinal, lambda size, first: storage if first and storage is not None
+        else _cuda_memory(size, ordinal), keep)
+
+
 class SinkCache:
     """Pinned sink tokens and a ring of the last `window` tokens, attended in place.
 
@@ -66,9 +76,9 @@ class SinkCache:
     dtype : "float32", "float16" or "bfloat16" (or the dtype object), of all that is passed in.
     device : "cpu", "cuda" or "cuda:1". On CUDA the lengths live on the device, so that a captured
         call replays; reading `length` or `kept()`, `crop` and `state_dict` wait for the stream.
-    storage : CUDA array that the cache shall live in: `nbytes`, 8 for each frequency of the rope,
-        68 for each row and kv head, and 2 KiB. Default: from torch's allocator if torch is
-        imported, else from the driver.
+    storage : array that the cache shall live in: `nbytes`, 8 for each frequency of the rope, 68 for
+        each row and kv head, and 2 KiB. It is emptied. Default: memory of its own; on CUDA from
+        torch's allocator if torch is imported, else from the driver.
     rope : Rope or None. applied=False: q and k arrive raw and the cache turns them, with angles
         in float64; applied=True: they arrive turned to their absolute position.
     positions : "slot" counts distances to the pinned tokens in slots of the cache, as StreamingLLM
@@ -93,8 +103,6 @@ class SinkCache:
                  dtype="float32", device="cpu", rope=None, positions="slot", rollback=0,
                  storage=None):
         self._ordinal = _cuda_ordinal(device)
-        if storage is not None and self._ordinal is None:
-            raise ValueError("SinkCache(): storage is for CUDA, expected None on the CPU")
         if positions not in ("slot", "original"):
             raise ValueError(
                 f"SinkCache(): positions is {positions!r}, expected 'slot' or 'original'")
@@ -107,22 +115,24 @@ class SinkCache:
         self._numbers = {name: integer(name, value, "SinkCache")
                          for name, value in numbers.items()}
         self._dtype, self._rope, self._positions = dtype_name(dtype, "SinkCache"), rope, positions
-        self._core = self._make(storage)
+        self._core = core_of(self._config(), self._ordinal, storage)
 
-    def _make(self, storage):
+    def _config(self):
+        """As the core takes it."""
         rope = self._rope
         inv_freq = b"" if rope is None else rope.inv_freq.tobytes()
-        arguments = (*self._numbers.values(), self._dtype, inv_freq,
-                     1.0 if rope is None else rope.attention_scaling,
-                     rope is not None and rope.interleaved, rope is not None and rope.applied,
-                     self._positions == "slot")
-        if self._ordinal is None:
-            return _core.Cache(*arguments)
-        ordinal = self._ordinal
-        return _core.CudaCache(
-            *arguments, ordinal,
-            lambda size, first: storage if first and storage is not None
-            else _cuda_memory(size, ordinal))
+        return (*self._numbers.values(), self._dtype, inv_freq,
+                1.0 if rope is None else rope.attention_scaling,
+                rope is not None and rope.interleaved, rope is not None and rope.applied,
+                self._positions == "slot")
+
+    def _storage_bytes(self, batch):
+        """What `storage` must hold for so many rows."""
+        n = self._numbers
+        slots = n["sinks"] + n["window"] + n["rollback"]
+        row = slots * (n["head_dim"] + n["v_head_dim"]) * (4 if self._dtype == "float32" else 2)
+        pairs = 0 if self._rope is None else len(self._rope.inv_freq)
+        return batch * (n["kv_heads"] * (row + 68) + 16) + 8 * pairs + 2048
 
     def attend(self, q, k, v, *, new_lengths=None, sink_logits=None, sink_bias=None, sink_kv=None,
                scale=None, softcap=None, alibi_slopes=None, out=None, return_lse=False,

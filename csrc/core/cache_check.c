@@ -63,17 +63,17 @@ static sa_ring ring_of(const sa_cache_config *config)
     return (sa_ring){config->pinned, config->window, config->window + config->rollback};
 }
 
-sa_status sa_check_cache_state(const sa_cache_config *config, const int64_t *lengths, const int64_t *lows)
+sa_status sa_check_cache_state(const char *function, const sa_cache_config *config, const int64_t *lengths, const int64_t *lows)
 {
     const sa_ring ring = ring_of(config);
     for (int64_t b = 0; b < config->batch; b++) {
         if (lengths[b] < 0 || lengths[b] > INT64_MAX / 4) {
-            return sa_fail(SA_VALUE_ERROR, "load_state_dict(): length[%" PRId64 "] is %" PRId64 ", expected 0 to 2^61", b, lengths[b]);
+            return sa_fail(SA_VALUE_ERROR, "%s(): length[%" PRId64 "] is %" PRId64 ", expected 0 to 2^61", function, b, lengths[b]);
         }
         const int64_t lowest = max_i64(ring.pinned, lengths[b] - ring.capacity), highest = max_i64(lengths[b], ring.pinned);
         if (lows[b] < lowest || lows[b] > highest) {
-            return sa_fail(SA_VALUE_ERROR, "load_state_dict(): low[%" PRId64 "] is %" PRId64 ", expected %" PRId64 " to %" PRId64, b, lows[b],
-                           lowest, highest);
+            return sa_fail(SA_VALUE_ERROR, "%s(): low[%" PRId64 "] is %" PRId64 ", expected %" PRId64 " to %" PRId64, function, b, lows[b], lowest,
+                           highest);
         }
     }
     return SA_OK;

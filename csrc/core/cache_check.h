@@ -11,7 +11,7 @@ sa_status sa_check_cache_call(const sa_cache_config *config, const sa_attend_par
 
 /* lengths and lows [batch] of a state to be restored: lengths >= 0, pinned <= lows <= max(lengths, pinned), no more held than there is
  * room for. */
-sa_status sa_check_cache_state(const sa_cache_config *config, const int64_t *lengths, const int64_t *lows);
+sa_status sa_check_cache_state(const char *function, const sa_cache_config *config, const int64_t *lengths, const int64_t *lows);
 
 /* May every row forget all but its first `length` tokens? */
 sa_status sa_check_cache_crop(const sa_cache_config *config, const int64_t *lengths, const int64_t *lows, int64_t length);

@@ -2,6 +2,7 @@
  *
  * A call attends first and commits after: the chunk's keys are runs of their own beside the ring, so that a chunk of any length costs no
  * copy of what is held, and a call that fails leaves the cache as it was. */
+#include <assert.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
@@ -24,6 +25,7 @@ struct sa_cache {
     char *values; /* [batch, heads_kv, slots, depth_v] */
     int64_t *lengths, *lows; /* [batch] */
     int64_t key_bytes, value_bytes;
+    bool borrowed; /* all of these four from the caller's memory */
 };
 
 static void *clear_memory(int64_t bytes)
@@ -47,7 +49,8 @@ static void *clear_storage(int64_t bytes)
     return memset(memory, 0, size);
 }
 
-sa_status sa_cache_new(const sa_cache_config *config, sa_cache **out)
+/* Everything but memory for what is held. */
+static sa_status new_cache(const sa_cache_config *config, sa_cache **out)
 {
     SA_TRY(sa_check_cache_config(config));
     sa_cache *cache = calloc(1, sizeof *cache);
@@ -59,32 +62,80 @@ sa_status sa_cache_new(const sa_cache_config *config, sa_cache **out)
     const int64_t rows = config->batch * config->heads_kv * sa_cache_slots(cache) * sa_dtype_size(config->dtype);
     cache->key_bytes = rows * config->depth;
     cache->value_bytes = rows * config->depth_v;
-    cache->keys = clear_storage(cache->key_bytes);
-    cache->values = clear_storage(cache->value_bytes);
-    cache->lengths = clear_memory(config->batch * (int64_t)sizeof(int64_t));
-    cache->lows = clear_memory(config->batch * (int64_t)sizeof(int64_t));
     cache->inv_freq = clear_memory(config->inv_freq_count * (int64_t)sizeof(double));
-    if (!cache->keys || !cache->values || !cache->lengths || !cache->lows || !cache->inv_freq) {
-        const int64_t bytes = cache->key_bytes + cache->value_bytes;
+    if (cache->inv_freq == NULL) {
         sa_cache_free(cache);
-        return sa_no_memory("a SinkCache", bytes);
+        return sa_no_memory("a SinkCache", config->inv_freq_count * (int64_t)sizeof(double));
     }
     if (config->inv_freq != NULL) {
         memcpy(cache->inv_freq, config->inv_freq, (size_t)config->inv_freq_count * sizeof(double));
         cache->config.inv_freq = cache->inv_freq;
+    }
+    *out = cache;
+    return SA_OK;
+}
+
+sa_status sa_cache_new(const sa_cache_config *config, sa_cache **out)
+{
+    sa_cache *cache;
+    SA_TRY(new_cache(config, &cache));
+    cache->keys = clear_storage(cache->key_bytes);
+    cache->values = clear_storage(cache->value_bytes);
+    cache->lengths = clear_memory(config->batch * (int64_t)sizeof(int64_t));
+    cache->lows = clear_memory(config->batch * (int64_t)sizeof(int64_t));
+    if (!cache->keys || !cache->values || !cache->lengths || !cache->lows) {
+        const int64_t bytes = cache->key_bytes + cache->value_bytes;
+        sa_cache_free(cache);
+        return sa_no_memory("a SinkCache", bytes);
     }
     sa_cache_reset(cache, NULL);
     *out = cache;
     return SA_OK;
 }
 
+static int64_t padded(int64_t bytes)
+{
+    return round_up(bytes, 64);
+}
+
+int64_t sa_cache_storage_bytes(const sa_cache *cache)
+{
+    return padded(cache->key_bytes) + padded(cache->value_bytes) + 2 * cache->config.batch * (int64_t)sizeof(int64_t);
+}
+
+sa_status sa_cache_over(const sa_cache_config *config, sa_cache **out)
+{
+    SA_TRY(new_cache(config, out));
+    (*out)->borrowed = true;
+    return SA_OK;
+}
+
+sa_status sa_cache_settle(sa_cache *cache, void *memory, bool keep)
+{
+    char *at = memory;
+    const int64_t batch = cache->config.batch;
+    assert(cache->borrowed);
+    cache->keys = at;
+    cache->values = at + padded(cache->key_bytes);
+    cache->lengths = (int64_t *)(void *)(cache->values + padded(cache->value_bytes));
+    cache->lows = cache->lengths + batch;
+    if (keep) {
+        return sa_check_cache_state("SinkCache", &cache->config, cache->lengths, cache->lows);
+    }
+    memset(memory, 0, (size_t)sa_cache_storage_bytes(cache));
+    sa_cache_reset(cache, NULL);
+    return SA_OK;
+}
+
 void sa_cache_free(sa_cache *cache)
 {
     if (cache != NULL) {
-        free(cache->keys);
-        free(cache->values);
-        free(cache->lengths);
-        free(cache->lows);
+        if (!cache->borrowed) {
+            free(cache->keys);
+            free(cache->values);
+            free(cache->lengths);
+            free(cache->lows);
+        }
         free(cache->inv_freq);
         free(cache);
     }
@@ -208,7 +259,7 @@ static void clear_slots(sa_cache *cache, int64_t row, int64_t slot, int64_t coun
 sa_status sa_cache_restore(sa_cache *cache, const void *keys, const void *values, const int64_t *lengths, const int64_t *lows)
 {
     const sa_ring *ring = &cache->ring;
-    SA_TRY(sa_check_cache_state(&cache->config, lengths, lows));
+    SA_TRY(sa_check_cache_state("load_state_dict", &cache->config, lengths, lows));
     memcpy(cache->keys, keys, (size_t)cache->key_bytes);
     memcpy(cache->values, values, (size_t)cache->value_bytes);
     for (int64_t b = 0; b < cache->config.batch; b++) {

@@ -91,15 +91,21 @@ static bool columns_of_chunk(const span *s, const sa_run *run, int64_t r0, int64
     return all->low < all->high;
 }
 
-/* Is a pinned column of the block removed for every head of the group? Then nobody sees what its key and value hold. */
-static bool removed_for_all(const span *s, const sa_run *run, int64_t key)
+/* Is a pinned column removed for every head of a kv head's group? Then nobody sees what its key and value hold. */
+static bool removed_for_group(const sa_problem *p, const sa_row *row, const sa_run *run, int64_t kv_head, int64_t key)
 {
-    for (int64_t head = s->kv_head * s->group; head < (s->kv_head + 1) * s->group; head++) {
-        if (!sa_removed(s->problem, s->row, run, head, key)) {
+    const int64_t group = p->heads_q / p->heads_kv;
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        if (!sa_removed(p, row, run, head, key)) {
             return false;
         }
     }
     return true;
+}
+
+static bool removed_for_all(const span *s, const sa_run *run, int64_t key)
+{
+    return removed_for_group(s->problem, s->row, run, s->kv_head, key);
 }
 
 static bool removes_any(const span *s, const sa_run *run, int64_t begin, sa_range need)

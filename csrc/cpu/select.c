@@ -176,7 +176,7 @@ int sa_path_count(void)
 
 const char *sa_path_name(int index)
 {
-    static const char *const names[SA_PATH_COUNT] = {"direct", "packed", "mass", "reference"};
+    static const char *const names[SA_PATH_COUNT] = {"direct", "packed", "mass", "backward", "reference"};
     return names[index];
 }
 

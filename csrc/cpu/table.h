@@ -49,7 +49,7 @@ const sa_cpu_table *sa_table(void);
 const sa_cpu_table *sa_table_with_peak(sa_peak_kind kind);
 
 /* Ways through the kernels, counted so that show_config() can tell what ran. */
-typedef enum sa_path { SA_PATH_DIRECT, SA_PATH_PACKED, SA_PATH_MASS, SA_PATH_REFERENCE, SA_PATH_COUNT } sa_path;
+typedef enum sa_path { SA_PATH_DIRECT, SA_PATH_PACKED, SA_PATH_MASS, SA_PATH_BACKWARD, SA_PATH_REFERENCE, SA_PATH_COUNT } sa_path;
 
 void sa_path_count_row(sa_path path);
 

@@ -389,6 +389,25 @@ int sa_raw_of_object(sa_call *call, const char *name, PyObject *object, sa_raw *
     return raw_of_capsule(call, name, capsule, torch_like, out) < 0 ? -1 : 1;
 }
 
+int sa_check_storage(sa_call *call, const sa_raw *view, int64_t bytes)
+{
+    int64_t dense = view->dtype.bits / 8;
+    for (int axis = view->rank - 1; axis >= 0; axis--) {
+        if (view->shape[axis] > 1 && view->stride[axis] * (view->dtype.bits / 8) != dense) {
+            PyErr_Format(PyExc_ValueError, "%s(): storage is not contiguous, expected dense memory", call->function);
+            return -1;
+        }
+        dense *= view->shape[axis];
+    }
+    if (dense < bytes || (uintptr_t)view->data % 16 != 0 || view->readonly) {
+        PyErr_Format(PyExc_ValueError, "%s(): storage has %lld bytes%s%s, expected at least %lld, 16-byte aligned and writeable",
+                     call->function, (long long)dense, (uintptr_t)view->data % 16 != 0 ? ", not aligned" : "",
+                     view->readonly ? ", read-only" : "", (long long)bytes);
+        return -1;
+    }
+    return 0;
+}
+
 /* --- tensors -------------------------------------------------------------------------------------------------------------------- */
 
 static const char *const code_names[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};

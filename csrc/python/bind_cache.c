@@ -2,12 +2,13 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#include "array.h"
 #include "bind_params.h"
+#include "raw.h"
 
 typedef struct cache_object {
     PyObject_HEAD
     sa_cache *cache;
+    PyObject *storage; /* the caller's, in which the cache lives; NULL: memory of its own */
     atomic_flag busy;
 } cache_object;
 
@@ -34,6 +35,7 @@ static PyObject *wrap(PyTypeObject *type, sa_cache *cache)
         return NULL;
     }
     self->cache = cache;
+    self->storage = NULL;
     atomic_flag_clear(&self->busy);
     return (PyObject *)self;
 }
@@ -63,28 +65,65 @@ int sa_parse_cache_config(PyObject *arguments, sa_cache_config *config, Py_buffe
     return 0;
 }
 
+/* Into the caller's array; -1 with an exception. */
+static int settle(PyTypeObject *type, PyObject *self, PyObject *storage, bool keep)
+{
+    sa_call call = {.module = PyType_GetModuleState(type), .function = "SinkCache", .device_of = "the cache"};
+    call.device = (DLDevice){DL_CPU, 0};
+    call.device_known = true;
+    cache_object *object = (cache_object *)self;
+    sa_raw view = {0};
+    sa_like like;
+    const int found = sa_raw_of_object(&call, "storage", storage, &view, &like);
+    if (found == 0) {
+        PyErr_Format(PyExc_TypeError, "SinkCache(): storage is %s, expected an array", Py_TYPE(storage)->tp_name);
+    }
+    int failed = found != 1 || sa_check_storage(&call, &view, sa_cache_storage_bytes(object->cache)) < 0;
+    if (!failed) {
+        object->storage = Py_NewRef(storage);
+        const sa_status status = sa_cache_settle(object->cache, view.data, keep);
+        sa_raise(status);
+        failed = status != SA_OK;
+    }
+    sa_call_end(&call);
+    return failed ? -1 : 0;
+}
+
+enum { CONFIG_ARGUMENTS = 13 };
+
+/* After the configuration: the storage or None, and whether what it holds counts. */
 static PyObject *cache_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
     (void)keywords;
     sa_cache_config config = {0};
     Py_buffer frequencies;
-    if (sa_parse_cache_config(arguments, &config, &frequencies, NULL, NULL) < 0) {
+    const bool placed = PyTuple_GET_SIZE(arguments) == CONFIG_ARGUMENTS + 2 && PyTuple_GET_ITEM(arguments, CONFIG_ARGUMENTS) != Py_None;
+    PyObject *numbers = PyTuple_GetSlice(arguments, 0, CONFIG_ARGUMENTS);
+    if (numbers == NULL || sa_parse_cache_config(numbers, &config, &frequencies, NULL, NULL) < 0) {
+        Py_XDECREF(numbers);
         return NULL;
     }
     sa_cache *cache = NULL;
-    const sa_status status = sa_cache_new(&config, &cache);
+    const sa_status status = placed ? sa_cache_over(&config, &cache) : sa_cache_new(&config, &cache);
     PyBuffer_Release(&frequencies);
+    Py_DECREF(numbers);
     if (status != SA_OK) {
         sa_raise(status);
         return NULL;
     }
-    return wrap(type, cache);
+    PyObject *self = wrap(type, cache);
+    PyObject *const *rest = PySequence_Fast_ITEMS(arguments) + CONFIG_ARGUMENTS;
+    if (self != NULL && placed && settle(type, self, rest[0], rest[1] == Py_True) < 0) {
+        Py_CLEAR(self);
+    }
+    return self;
 }
 
 static void cache_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     sa_cache_free(((cache_object *)self)->cache);
+    Py_XDECREF(((cache_object *)self)->storage);
     PyObject_Free(self);
     Py_DECREF(type);
 }

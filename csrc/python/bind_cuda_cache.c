@@ -71,25 +71,6 @@ static PyObject *finish(const session *at, sa_status status)
 
 /* --- making ---------------------------------------------------------------------------------------------------------------------- */
 
-static int check_storage(sa_call *call, const sa_raw *view, int64_t bytes)
-{
-    int64_t dense = view->dtype.bits / 8;
-    for (int axis = view->rank - 1; axis >= 0; axis--) {
-        if (view->shape[axis] > 1 && view->stride[axis] * (view->dtype.bits / 8) != dense) {
-            PyErr_Format(PyExc_ValueError, "%s(): storage is not contiguous, expected dense memory", call->function);
-            return -1;
-        }
-        dense *= view->shape[axis];
-    }
-    if (dense < bytes || (uintptr_t)view->data % 16 != 0 || view->readonly) {
-        PyErr_Format(PyExc_ValueError, "%s(): storage has %lld bytes%s%s, expected at least %lld, 16-byte aligned and writeable",
-                     call->function, (long long)dense, (uintptr_t)view->data % 16 != 0 ? ", not aligned" : "",
-                     view->readonly ? ", read-only" : "", (long long)bytes);
-        return -1;
-    }
-    return 0;
-}
-
 /* Gets memory from allocate(); the new object owns it and knows its library's stream. */
 static int take_storage(sa_call *call, cache_object *self, int64_t bytes, bool first, void **memory)
 {
@@ -108,7 +89,7 @@ static int take_storage(sa_call *call, cache_object *self, int64_t bytes, bool f
     if (found == 0) {
         PyErr_Format(PyExc_TypeError, "%s(): storage is %s, expected a CUDA array", call->function, Py_TYPE(self->storage)->tp_name);
     }
-    if (found != 1 || check_storage(call, &view, bytes) < 0) {
+    if (found != 1 || sa_check_storage(call, &view, bytes) < 0) {
         return -1;
     }
     self->api = like.api;
@@ -149,6 +130,9 @@ static sa_status place(sa_call *call, cache_object *self, const sa_cache_config 
     return status;
 }
 
+enum { CONFIG_ARGUMENTS = 15 };
+
+/* After the configuration: True where what the first memory holds counts, which another cache of the same configuration left there. */
 static PyObject *cache_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
     (void)keywords;
@@ -157,7 +141,11 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
     int device;
     PyObject *allocate;
     void *memory;
-    if (sa_parse_cache_config(arguments, &config, &frequencies, &device, &allocate) < 0) {
+    const bool keep = PyTuple_GET_SIZE(arguments) > CONFIG_ARGUMENTS && PyTuple_GET_ITEM(arguments, CONFIG_ARGUMENTS) == Py_True;
+    PyObject *numbers = PyTuple_GetSlice(arguments, 0, CONFIG_ARGUMENTS);
+    const int parsed = numbers != NULL ? sa_parse_cache_config(numbers, &config, &frequencies, &device, &allocate) : -1;
+    Py_XDECREF(numbers); /* what was borrowed from it is in `arguments` too */
+    if (parsed < 0) {
         return NULL;
     }
     cache_object *self = new_object(type, device, allocate);
@@ -166,7 +154,11 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
     if (!failed) {
         sa_call call = call_for(self, type, "SinkCache");
         failed = take_storage(&call, self, sa_cuda_store_bytes(&config), true, &memory) < 0;
-        status = failed ? SA_OK : place(&call, self, &config, memory);
+        if (!failed && keep) {
+            sa_cuda_store_lay_out(&config, memory, &self->store);
+        } else if (!failed) {
+            status = place(&call, self, &config, memory);
+        }
         sa_call_end(&call);
     }
     PyBuffer_Release(&frequencies);

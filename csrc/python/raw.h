@@ -20,6 +20,9 @@ typedef struct sa_raw {
 /* Any array through its door. 1: done, 0: not an array, -1: exception. */
 int sa_raw_of_object(sa_call *call, const char *name, PyObject *object, sa_raw *out, sa_like *like);
 
+/* Memory for a cache: dense, writeable, 16-byte aligned, at least so many bytes. */
+int sa_check_storage(sa_call *call, const sa_raw *view, int64_t bytes);
+
 int sa_raw_of_numpy(sa_call *call, const char *name, PyArrayObject *array, sa_raw *out);
 
 /* ml_dtypes' bfloat16, by the last part of its type's name: NumPy has no number for it. */

@@ -16,6 +16,11 @@ def attention_flops(pairs, heads_q, depth):
     return 4 * pairs * heads_q * depth
 
 
+def backward_flops(pairs, heads_q, depth):
+    """Five products, as many as weights need that are computed again from lse."""
+    return 10 * pairs * heads_q * depth
+
+
 def array_bytes(item_size, *shapes):
     """Bytes of arrays that are read or written once."""
     return item_size * sum(int(np.prod(shape)) for shape in shapes)

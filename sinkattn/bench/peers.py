@@ -77,6 +77,14 @@ def torch_masked(torch):
     return lambda q, k, v, mask: sdpa(q, k, v, attn_mask=mask)
 
 
+def torch_backward(torch, q, k, v, dout, mask=None):
+    """A call that runs the backward of one recorded SDPA and returns (dq, dk, dv)."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    out = sdpa(*leaves, attn_mask=mask, is_causal=mask is None)
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
 def torch_grouped(torch):
     sdpa = torch.nn.functional.scaled_dot_product_attention
     return lambda q, k, v: sdpa(q, k, v, enable_gqa=True)

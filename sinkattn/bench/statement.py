@@ -34,6 +34,33 @@ def sample_rows(heads, queries, count):
     return [(0, 0), (heads - 1, queries - 1), *((int(h), int(i)) for h, i in some)]
 
 
+def head_gradients(dout, q, k, v, window=None, sinks=0, block=256):
+    """(dq, dk, dv) of one head of causal self-attention, [length, depth] each, a block of queries
+    after the other."""
+    length, scale = len(q), q.shape[1] ** -0.5
+    dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
+    for first in range(0, length, block):
+        some = slice(first, min(first + block, length))
+        seen = np.array([causal_seen(length, i, window, sinks)
+                         for i in range(some.start, some.stop)])
+        score = np.where(seen, q[some] @ k.T * scale, -np.inf)
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        weight /= weight.sum(-1, keepdims=True)
+        product = dout[some] @ v.T
+        dscore = scale * weight * (product - (weight * product).sum(-1, keepdims=True))
+        dq[some] = dscore @ k
+        dk += dscore.T @ q[some]
+        dv += weight.T @ dout[some]
+    return dq, dk, dv
+
+
+def gradient_error_of(gradients, dout, q, k, v, window=None, sinks=0):
+    """The largest relative L2 error of dq, dk and dv [1, heads, length, depth] in the last head."""
+    exact = head_gradients(*(as_double(x[0, -1]) for x in (dout, q, k, v)), window, sinks)
+    return float(max(np.linalg.norm(as_double(got[0, -1]) - wanted) / np.linalg.norm(wanted)
+                     for got, wanted in zip(gradients, exact)))
+
+
 def error_of(out, q, k, v, window=None, sinks=0, count=14):
     """Relative L2 error of `out` [1, heads_q, queries, depth] over a sample of rows. The last query
     stands at the last key."""

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from sinkattn import SinkCache, attend
+from sinkattn import SinkCache, attend, attend_backward
 
 from . import counts, hugging_face, peers, statement
 from .machine import MIB
@@ -59,6 +59,9 @@ def bound_of(dtype, keys):
     if dtype == "float32":
         return 2e-6 if keys <= 4096 else 5e-6
     return {"float16": 1e-3, "bfloat16": 8e-3}[dtype]
+
+
+GRADIENT_BOUNDS = {"float32": 5e-6, "bfloat16": 2.5e-2}
 
 
 def limit_of(dtype):
@@ -165,6 +168,43 @@ def window(lab):
     work.contestants.append(Contestant("NumPy", "matmul, dense mask", peers.numpy_attention,
                                        [(q, k, v, mask)], error))
     yield work
+
+
+def backward_work(lab, name, dtype, form, keywords):
+    heads, length, depth = lab.sizes.prefill
+    shape = (1, heads, length, depth)
+    q, k, v, dout = (lab.normal(dtype, *shape) for _ in range(4))
+    out, lse = attend(q, k, v, return_lse=True, **keywords)
+    sight = keywords.get("window"), keywords.get("sinks", 0)
+    mask = causal_mask(length, *sight) if keywords else None
+
+    def call(*tensors):
+        gradients = attend_backward(*tensors, **keywords)
+        return gradients["q"], gradients["k"], gradients["v"]
+
+    def error(_, gradients):
+        return statement.gradient_error_of(gradients, dout, q, k, v, *sight)
+    work = Work("backward", f"backward {SHORT[name]}{', window' if keywords else ''}",
+                f"gradients, {form}, {heads} heads, N {length}, D {depth}, {SHORT[name]}", name,
+                counts.backward_flops(counts.visible_pairs(length, *sight), heads, depth),
+                counts.array_bytes(dtype.itemsize, *[shape] * 8), limit_of(name), "FLOP/s",
+                GRADIENT_BOUNDS[name])
+    work.contestants.append(Contestant("sinkattn", "attend_backward", call,
+                                       [(dout, q, k, v, out, lse)], error))
+    if lab.torch:
+        tensors = lab.tensors(q, k, v, dout) + (lab.tensors(mask) if keywords else ())
+        work.contestants.append(Contestant(
+            "torch", "backward of SDPA" + (", dense bool mask" if keywords else " is_causal"),
+            peers.torch_backward(lab.torch, *tensors), [()], error))
+    return work
+
+
+def backward(lab):
+    sinks, width = 4, lab.sizes.window
+    for name, dtype in lab.dtypes(("float32", "bfloat16")):
+        yield backward_work(lab, name, dtype, "dense causal", {})
+    yield backward_work(lab, "float32", np.dtype("float32"), f"{sinks} sinks + window {width}",
+                        {"window": width, "sinks": sinks})
 
 
 def linear(lab):
@@ -291,6 +331,9 @@ def overhead(lab):
         tensors = [lab.tensors(q, k, v)]
         work.contestants.append(Contestant("sinkattn", "attend, torch tensors", attend, tensors,
                                            error))
+        from sinkattn.torch import attend as through_operator
+        work.contestants.append(Contestant("sinkattn", "attend, torch operator", through_operator,
+                                           tensors, error))
         work.contestants.append(Contestant(
             "torch", "SDPA", lab.torch.nn.functional.scaled_dot_product_attention, tensors, error))
     work.contestants.append(Contestant("NumPy", "matmul", peers.numpy_attention, [(q, k, v)],
@@ -298,6 +341,6 @@ def overhead(lab):
     yield work
 
 
-SUITES = {"prefill": prefill, "window": window, "linear": linear, "decode": decode, "cache": cache,
-          "overhead": overhead, "hf": hugging_face.works}
+SUITES = {"prefill": prefill, "window": window, "backward": backward, "linear": linear,
+          "decode": decode, "cache": cache, "overhead": overhead, "hf": hugging_face.works}
 BY_NAME_ONLY = ("hf",)  # it takes transformers and minutes

@@ -145,8 +145,7 @@ class StreamLayer(CacheLayerMixin):
             raise ValueError(f"crop(): {count} tokens to take back, the cache has seen "
                              f"{self.columns}")
         if not self.stream.may_crop(length):
-            raise ValueError(f"crop(): {count} tokens to take back, of which the ring has "
-                             "overwritten some; make the cache with rollback= so many")
+            raise ValueError(f"crop(): {count} tokens to take back, {self.stream.gone}")
 
     def crop(self, tokens_to_remove):
         count = -int(tokens_to_remove)
@@ -185,6 +184,8 @@ class StreamLayer(CacheLayerMixin):
 class _Stream(sinkattn.SinkCache):
     """A SinkCache that can say beforehand whether it can be cropped."""
 
+    gone = "of which the ring has overwritten some; make the cache with rollback= so many"
+
     def may_crop(self, n):
         """Is everything that token n would see still held?"""
         sinks, window = self._numbers["sinks"], self._numbers["window"]
@@ -210,18 +211,18 @@ class StreamCache(Cache):
         super().crop(tokens_to_remove)
 
 
-def text_config(config):
-    """Of a config, or of a model."""
+def text_config(config, owner="SinkCache"):
+    """Of a config, or of a model. owner: the class that asks, for the messages."""
     config = getattr(config, "config", config)
     if not hasattr(config, "get_text_config"):
-        raise TypeError(f"SinkCache(): config is {type(config).__name__}, expected the config of a "
+        raise TypeError(f"{owner}(): config is {type(config).__name__}, expected the config of a "
                         "transformers model")
     if getattr(config, "is_encoder_decoder", False):
-        raise NotImplementedError("SinkCache(): is_encoder_decoder: a cache for decoders alone")
+        raise NotImplementedError(f"{owner}(): is_encoder_decoder: a cache for decoders alone")
     return config.get_text_config(decoder=True)
 
 
-def layer_types(config):
+def layer_types(config, owner="SinkCache"):
     """"full_attention" or "sliding_attention" by layer; NotImplementedError for others."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -233,13 +234,13 @@ def layer_types(config):
         kinds = [kind] * config.num_hidden_layers
     others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if others:
-        raise NotImplementedError(f"SinkCache(): layers of type {', '.join(others)}; expected full "
+        raise NotImplementedError(f"{owner}(): layers of type {', '.join(others)}; expected full "
                                   "or sliding attention")
     if getattr(config, "kv_lora_rank", None) is not None:
-        raise NotImplementedError("SinkCache(): kv_lora_rank: the model caches latents that it "
+        raise NotImplementedError(f"{owner}(): kv_lora_rank: the model caches latents that it "
                                   "expands itself (latent attention)")
     if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", None):
-        raise NotImplementedError("SinkCache(): layers of this model share the keys of others (KV "
+        raise NotImplementedError(f"{owner}(): layers of this model share the keys of others (KV "
                                   "sharing)")
     return kinds
 
@@ -263,7 +264,8 @@ class SinkCache(StreamCache):
     The model must use sinkattn's attention (`sinkattn.hf.enable`), else the first token raises.
 
         cache = SinkCache(model.config, sinks=4, window=1020)
-        model.generate(ids, past_key_values=cache)  # cache=cache from transformers 5.24 on
+        model.generate(ids, past_key_values=cache)  # cache=cache from transformers 5.24 on:
+        model.generate(ids, **{sinkattn.hf.cache_keyword(model): cache})  # whichever it is
 
     Raises NotImplementedError at construction for models whose layers are neither full nor sliding
     attention, whose keys are latents or shared between layers, and, with positions="slot", for

@@ -76,6 +76,19 @@ def attention_loss(weights, kept):
     return np.where(kept, 0.0, weights).sum(axis=-1)
 
 
+def least_loss(weights, counts):
+    """The attention loss of the best `counts` keys for each query alone, float64 [...]: no cache
+    of that size can lose less.
+
+    weights : [..., keys]; counts : int, broadcastable to [...].
+    """
+    ordered = np.sort(np.asarray(weights, np.float64), axis=-1)
+    counts = np.asarray(counts)
+    if counts.dtype.kind not in "iu" or (counts < 0).any():
+        raise ValueError("least_loss(): counts are expected to be ints, 0 or more")
+    return attention_loss(ordered, np.arange(ordered.shape[-1], 0, -1) <= counts[..., None])
+
+
 def top_keys(weights, kept, count):
     """Share of the `count` heaviest keys of full attention that are kept, float64 [...].
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from sinkattn._arguments import at_least
 
 from .compare import compare
-from .methods import names
+from .methods import FULL, SINKS, WINDOW, names, read_policy
 from .report import text_report
 
 QUICK = {"rows": 4, "plants": 4, "tokens": 0}
@@ -19,7 +20,8 @@ DEFAULT = {"rows": 16, "plants": 32, "tokens": 2048}
 
 
 def _words(text):
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """What stands between commas, those inside brackets left alone."""
+    return [word.strip() for word in re.split(r",(?![^(]*\))", text) if word.strip()]
 
 
 def _distances(text):
@@ -34,7 +36,8 @@ def parse(argv):
         "text are those of the demo.",
     )
     parser.add_argument("--policies", type=_words, metavar="A,B",
-                        help=f"some of: {', '.join(names())} (default: all)")
+                        help=f"some of: {', '.join(names())}; a policy may have numbers with "
+                        "it, as SnapKV(w=16, kernel=33) (default: all)")
     parser.add_argument("--budget", type=at_least(8), default=128, metavar="N",
                         help="tokens a kv head that sinks + window holds; the others get the same "
                         "bytes (default: 128)")
@@ -69,9 +72,11 @@ def parse(argv):
     if options.sinks + options.recent >= options.budget:
         parser.error(f"--sinks {options.sinks} and --recent {options.recent} leave no room in "
                      f"--budget {options.budget}")
-    for name in options.policies or []:
-        if name not in names():
-            parser.error(f"--policies has {name!r}, expected some of: {', '.join(names())}")
+    try:
+        for name in set(options.policies or []) - {FULL, WINDOW, SINKS}:
+            read_policy(name)
+    except ValueError as error:
+        parser.error(f"--{error}")
     return options
 
 

@@ -7,20 +7,21 @@ import numpy as np
 
 from . import recall as asking
 from . import stream
-from .methods import SINKS, find, names
+from .methods import SINKS, defaults, find
 from .models import shipped
-from .plants import plant
+from .plants import GAP, plant
 from .probe import Probe, summarise
 from .records import Comparison, Estimate, PolicyResult
 
 START = 256
 SINGLE_STEPS = 48
+LEAD = 64  # bytes before the farthest plant, where there is room
 LOOKS = 24  # queries of a row at which attention loss is taken, about
 
 
 def default_distances(budget, trained):
     """Two inside the budget where they fit, and some beyond it, up to the trained length."""
-    last = trained - 82  # room for two questions behind the farthest plant
+    last = trained - LEAD - 78  # room for two questions behind the farthest plant
     shares = (0.5, 0.82, 1.25, 1.7, 2.3, 3.2)
     found = []
     for share in shares:
@@ -45,7 +46,7 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
             make_progress=None):
     """Compares policies on the shipped byte-level model; what `python -m sinkattn measure` runs.
 
-    text : uint8 [n]. policies : names of `methods.names()`, default all.
+    text : uint8 [n]. policies : names as `methods.find` takes them, default all.
     budget : tokens a kv head of sinks + window; the others get the same bytes. sinks, recent : what
         every policy keeps at least.
     rows : streams of the trained length, for bits and attention loss. plants : rows with planted
@@ -59,15 +60,15 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
     config = _shipped_model().config
     trained, shape = config.context, (config.heads_kv, config.head_depth)
     distances = default_distances(budget, trained) if distances is None else distances
-    policies = names() if policies is None else list(policies)
+    policies = defaults() if policies is None else list(policies)
     near = [find(name, budget, sinks, recent, "original", shape) for name in policies]
     far = [find(name, budget, sinks, recent, "slot", shape) for name in policies]
     planted = plant(text, distances, plants, seed=seed)
-    again = planted.step if len(distances) > 1 else 0
-    reach = planted.context.shape[1] + again + planted.prompts.shape[2] + planted.answers.shape[2]
-    if reach > trained:
-        raise ValueError(f"distances reach to {max(distances)}: a row of {reach} tokens, expected "
-                         f"at most the trained length, {trained}")
+    if planted.reach > trained:
+        raise ValueError(f"distances reach to {max(distances)}: a row of {planted.reach} tokens, "
+                         f"expected at most the trained length, {trained}")
+    lead = min(LEAD, GAP + trained - planted.reach)
+    planted = plant(text, distances, plants, lead=lead, seed=seed)
     if not 1 <= budget < trained - chunk:
         raise ValueError(f"budget is {budget}, expected 1 to {trained - chunk - 1}, so that "
                          "something is forgotten within the trained length")
@@ -86,7 +87,7 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
     if progress is not None:
         progress.close()
     if SINKS in costs:
-        results = [_with_gap(result, costs[result.name] - costs[SINKS]) for result in results]
+        results = [_with_gaps(result, costs[result.name], costs[SINKS]) for result in results]
     settings = {
         "budget": budget, "sinks": sinks, "recent": recent, "rows": rows, "plants": plants,
         "tokens": tokens, "streams": streams, "chunk": chunk, "seed": seed, "trained": trained,
@@ -95,12 +96,14 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
     return Comparison(settings=settings, text="", policies=results)
 
 
-def _with_gap(result, gap):
-    return dataclasses.replace(result, near_gap=Estimate.of(gap))
+def _with_gaps(result, costs, base):
+    near, far = (None if own is None else Estimate.of(own - other)
+                 for own, other in zip(costs, base))
+    return dataclasses.replace(result, near_gap=near, far_gap=far)
 
 
 def _measure(method, long_method, texts, planted, budget, sinks, chunk, workers, progress):
-    """(PolicyResult, bits of each near row past the budget)."""
+    """(PolicyResult, (bits of each near row past the budget, of each far row's last bucket))."""
     short, long = texts
     length = short.shape[1] - 1
     looks_from = budget + chunk
@@ -121,21 +124,22 @@ def _measure(method, long_method, texts, planted, budget, sinks, chunk, workers,
     if len(beyond) > 1:
         questions = asking.two_questions(model, planted, among=beyond, chunk=chunk,
                                          workers=workers, progress=progress)
-    far = None
+    far = far_cost = None
     if long.shape[1] > 1:
-        far = _far(long_method, long, chunk, workers, progress)
+        far, far_cost = _far(long_method, long, chunk, workers, progress)
     single = _single(method, short, budget, progress)
     return PolicyResult(
         name=method.name, budget=method.slots, nbytes=near.nbytes // len(short), near=near,
         near_gap=None, attention=attention, recall=remembered, questions=questions, far=far,
-        single_per_second=single,
-    ), cost[:, budget:].mean(axis=1)
+        far_gap=None, single_per_second=single,
+    ), (cost[:, budget:].mean(axis=1), far_cost)
 
 
 def _far(method, tokens, chunk, workers, progress):
     cost, seconds, readers = stream.stream_costs(shipped(method.make), tokens, chunk, workers,
                                                  progress)
-    return stream.summarise(cost, stream.doublings(cost.shape[1], 512), seconds, readers)
+    found = stream.summarise(cost, stream.doublings(cost.shape[1], 512), seconds, readers)
+    return found, cost[:, found.buckets[-1][0]:].mean(axis=1)
 
 
 def _single(method, tokens, budget, progress):

@@ -36,6 +36,12 @@ class Plants:
         """How much farther a plant is asked after another question and its answer."""
         return self.filler.shape[1]
 
+    @property
+    def reach(self):
+        """Tokens of a row up to the end of the last question's answer."""
+        again = self.step if self.prompts.shape[1] > 1 else 0
+        return self.context.shape[1] + self.prompts.shape[2] + self.answers.shape[2] + again
+
     def rows(self, part):
         """The same for some of the rows (a slice)."""
         own = {name: getattr(self, name)[part]
@@ -50,7 +56,7 @@ def default_heads():
 
 
 def plant(text, distances, rows, *, pairs=True, heads=None, alphabet=None, tail=None, answer=16,
-          start=256, seed=0):
+          lead=0, start=256, seed=0):
     """Plants lines `head answer tail` in crops of `text`, `distances` tokens before they are asked.
 
     text : int [n], what the crops are taken from (round its end, if need be).
@@ -61,6 +67,8 @@ def plant(text, distances, rows, *, pairs=True, heads=None, alphabet=None, tail=
         alphabet : ints that answers are drawn from; tail : ints. Default: bytes for the shipped
         model, "\\nNAME = '", the letters a to z, "'\\n".
     answer : int, tokens of an answer. start : int or None, opens every row.
+    lead : int, tokens of text before the farthest plant: a policy that favours the oldest does well
+        on what stands at the very beginning.
     Returns `Plants`. ValueError where plants would overlap or reach into the question.
     """
     distances = sorted(at_least("plant(): distances", d, 1) for d in distances)
@@ -77,11 +85,11 @@ def plant(text, distances, rows, *, pairs=True, heads=None, alphabet=None, tail=
     if not distances or len({tuple(head) for head in heads}) < wanted or not all(heads):
         raise ValueError(f"plant(): {len(heads)} heads for {wanted} plants in a row; expected at "
                          "least one plant, and as many different heads")
-    longest = max(map(len, heads))
+    lead, longest = at_least("plant(): lead", lead, 0), max(map(len, heads))
     _check_room(distances if pairs else distances[:1], longest, answer, tail.size)
 
     prompt = longest + GAP
-    length = distances[-1] + longest - prompt + GAP + (start is not None)
+    length = distances[-1] + longest - prompt + max(lead, GAP) + (start is not None)
     random = np.random.default_rng(seed)
     groups = [distances] if pairs else [[distance] for distance in distances]
     made = [_rows(text, group, rows, heads, alphabet, tail, answer, start, length, prompt, random)

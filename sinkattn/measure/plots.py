@@ -174,22 +174,27 @@ def _legend_below(axes):
 
 
 def _bits(axes, policies, settings):
-    lines = np.arange(len(policies))
-    shown = [bits for policy in policies for bits in (
-        policy.near.bits[-1], *(policy.far.bits[-1:] if policy.far else ()))]
-    lows, highs = [max(bits.low, 0.1) for bits in shown], [bits.high for bits in shown]
-    means, errors = _errors([policy.near.bits[-1] for policy in policies])
-    axes.errorbar(means, lines, xerr=errors, fmt="o", color=PALETTE[0], capsize=3,
-                  label=f"within {settings['trained']} tokens")
-    far = [(line, policy.far.bits[-1]) for line, policy in zip(lines, policies) if policy.far]
+    """Bits less those of sinks + window on the same rows, where it took part; else bits."""
+    gaps = all(policy.near_gap for policy in policies)
+    near = [policy.near_gap if gaps else policy.near.bits[-1] for policy in policies]
+    _across(axes, range(len(policies)), near, 0, "o", f"within {settings['trained']} tokens")
+    far = [(line + 0.22, policy.far_gap if gaps else policy.far.bits[-1])
+           for line, policy in enumerate(policies) if policy.far]
     if far:
         begin, end = policies[0].far.buckets[-1]
-        means, errors = _errors([bits for _, bits in far])
-        axes.errorbar(means, [line + 0.2 for line, _ in far], xerr=errors, fmt="D",
-                      fillstyle="none", color=PALETTE[1], capsize=3, markersize=5,
-                      label=f"at {begin}–{end}, positions by slot")
-    axes.set(title="Bits per byte", xlabel="bits (lower is better)", xscale="log")
-    axes.set_xticks(ticks := [0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 8], [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlim(0.9 * min(lows), 1.1 * max(highs))
+        _across(axes, *zip(*far), 1, "D", f"at {begin}–{end}, positions by slot")
+    axes.set(xlabel="bits (lower is better)",
+             title="Bits per byte" + ", less sinks + window's" * gaps)
+    if gaps:
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlim(min(-0.12, axes.get_xlim()[0]), None)
+        axes.axvline(0, color="0.5", linewidth=1)
+        axes.set_xticks(ticks := [-0.3, -0.1, 0, 0.1, 0.3, 1, 3], [f"{tick:+g}" for tick in ticks])
+        axes.minorticks_off()
     _legend_below(axes)
+
+
+def _across(axes, lines, estimates, colour, mark, label):
+    means, errors = _errors(estimates)
+    axes.errorbar(means, lines, xerr=errors, fmt=mark, fillstyle="none" if colour else "full",
+                  color=PALETTE[colour], capsize=3, markersize=5, label=label)

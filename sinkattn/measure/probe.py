@@ -4,7 +4,7 @@ import numpy as np
 
 from sinkattn.cache import SinkCache
 
-from .arrays import attention_loss, kept_mask, output_error, sink_mass, top_keys
+from .arrays import attention_loss, kept_mask, least_loss, output_error, sink_mass, top_keys
 from .full import FullCache
 from .records import Attention, Estimate
 
@@ -71,6 +71,7 @@ class Probe:
         self.samples.append({
             "position": position,
             "loss": attention_loss(mass, kept),
+            "least": least_loss(mass, kept.sum(axis=-1)),
             "error": output_error(out, full[:, :, 0]),
             "top": top_keys(mass, kept, min(self.top, position + 1)),
             "sinks": sink_mass(mass, self.sinks),
@@ -113,7 +114,7 @@ def summarise(probes, since=0):
             np.stack([np.stack([probe.samples[i][name] for i in chosen], axis=1)
                       for probe in part], axis=1) for part in parts])
 
-    found = {name: gather(name) for name in ("loss", "error", "top", "sinks")}
+    found = {name: gather(name) for name in ("loss", "least", "error", "top", "sinks")}
     by_head = {name: values.mean(axis=(0, 2)).tolist() for name, values in found.items()}
     over_rows = {name: Estimate.of(values.mean(axis=(1, 2, 3))) for name, values in found.items()}
     return Attention(

@@ -109,7 +109,8 @@ class Estimate(_Record):
 class Attention(_Record):
     """What eviction took from attention, against full attention over the same keys.
 
-    loss : weight on evicted keys; error : |out - full| / |full|; top : share of the `top_count`
+    loss : weight on evicted keys; least : what the best set of the same size would have lost,
+        chosen anew for each query; error : |out - full| / |full|; top : share of the `top_count`
         heaviest keys that were kept; sinks : weight of full attention on the first `sink_count`
         keys. Each a mean over layers, heads and the `queries` sampled queries of a row, with its
         interval over rows.
@@ -118,6 +119,7 @@ class Attention(_Record):
     """
 
     loss: Estimate
+    least: Estimate
     error: Estimate
     top: Estimate
     sinks: Estimate
@@ -215,7 +217,8 @@ class PolicyResult(_Record):
     budget : tokens a kv head, None for all. nbytes : of the caches of one row, all layers, at the
     end of the trained length. near : streams of the trained length, before and after the budget is
     full; near_gap : bits after that, less those of sinks + window on the same rows. far : long
-    streams, positions counted in slots. single_per_second : one row, one token at a time.
+    streams, positions counted in slots; far_gap : the same in their last bucket.
+    single_per_second : one row, one token at a time.
     """
 
     name: str
@@ -227,6 +230,7 @@ class PolicyResult(_Record):
     recall: Recall
     questions: TwoQuestions | None
     far: Stream | None
+    far_gap: Estimate | None
     single_per_second: float
 
 

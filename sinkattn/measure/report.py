@@ -30,7 +30,7 @@ def _opening(found):
 def _reading(found):
     s = found.settings
     head = [f"text, {s['rows']} x {s['trained']} bytes", "slots", "KiB", "bits per byte",
-            f"less {SINKS}", "attention lost", "output error",
+            f"less {SINKS}", "attention lost", "at least", "output error",
             f"top {found.policies[0].attention.top_count} kept"]
     lines = []
     for policy in found.policies:
@@ -39,12 +39,13 @@ def _reading(found):
             policy.name, "all" if policy.budget is None else str(policy.budget),
             f"{policy.nbytes / 1024:.0f}", _wide(policy.near.bits[-1], 3),
             "-" if gap is None or policy.name == SINKS else _wide(gap, 3, sign=True),
-            f"{seen.loss:.1%}", f"{seen.error:.1%}", f"{seen.top:.1%}",
+            f"{seen.loss:.1%}", f"{seen.least:.1%}", f"{seen.error:.1%}", f"{seen.top:.1%}",
         ])
     return table(head, lines) + (
         f"\nfrom byte {s['budget']} on, where the budget is full. KiB: all layers of one stream at "
-        f"the end. attention\nlost: weight that full attention gives to what was evicted. output "
-        f"error: |out - full| / |full|."
+        f"the end. attention\nlost: weight that full attention gives to what was evicted; "
+        f"at least: if each query chose anew\nwhich keys to hold. output error: "
+        f"|out - full| / |full|."
     )
 
 
@@ -103,8 +104,10 @@ def _far(found):
     s = found.settings
     shown = [policy for policy in found.policies if policy.far]
     buckets = [f"{short(begin)}-{short(end)}" for begin, end in shown[0].far.buckets]
-    head = ["bits per byte, long streams", *buckets, "bytes/s", "single"]
+    head = ["bits per byte, long streams", *buckets, f"less {SINKS}", "bytes/s", "single"]
     lines = [[policy.name, *(f"{bits:.3f}" for bits in policy.far.bits),
+              "-" if policy.far_gap is None or policy.name == SINKS
+              else _wide(policy.far_gap, 3, sign=True),
               f"{policy.far.tokens_per_second:,.0f}", f"{policy.single_per_second:,.0f}"]
              for policy in shown]
     return table(head, lines) + (

@@ -5,6 +5,7 @@ import torch
 from sinkattn import _core
 
 from . import schema
+from .arguments import check_tensor
 from .schema import DIFFERENTIABLE, KEYWORDS, library
 
 
@@ -12,11 +13,15 @@ def kernel(q, k, v, causal=True, window=None, windows=None, sinks=0, sink_logits
            sink_bias=None, sink_q=None, sink_k=None, sink_v=None, scale=None, softcap=None,
            alibi_slopes=None, starts=None, lengths=None, q_lengths=None, cu_seqlens_q=None,
            cu_seqlens_k=None, return_mass=False, mass_reduce="sum", mass_queries=None):
+    if windows is not None:
+        if window is not None:
+            raise ValueError("attend(): window and windows are both given, expected one of them")
+        window = windows
+    pair = None if sink_k is None and sink_v is None else (sink_k, sink_v)
     results = _core.attend_below_autograd(
-        q, k, v, *schema.core_keywords(
-            causal, window, windows, sinks, sink_logits, sink_bias, sink_q, sink_k, sink_v, scale,
-            softcap, alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k),
-        None, True, return_mass, mass_reduce, mass_queries)
+        q, k, v, causal, window, sinks, sink_logits, sink_bias, sink_q, pair, scale, softcap,
+        alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k, None, True,
+        return_mass, mass_reduce, mass_queries)
     return results if return_mass else (*results, results[1].new_empty(0))
 
 
@@ -27,6 +32,7 @@ library.impl("attend", kernel, "CUDA")
 @torch.library.register_fake("sinkattn::attend", lib=library)
 def shapes(q, k, v, *rest):
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(f"attend(): {name}", tensor)
         torch._check(tensor.dim() == 4, lambda name=name: f"attend(): {name} needs 4 dimensions")
         if tensor.device != q.device:
             raise ValueError(f"attend(): {name} is on {tensor.device}, expected {q.device} (the "

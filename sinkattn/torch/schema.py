@@ -28,8 +28,19 @@ library.define(
     "Tensor dsink_logits, Tensor dsink_bias, Tensor dsink_q, Tensor dsink_k, Tensor dsink_v)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
 
+# The state of the cache is all in `storage`, and it is what changes; see cache.py.
+library.define(
+    "cache_attend(Tensor(a!) storage, Tensor q, Tensor k, Tensor v, SymInt[] numbers, str dtype, "
+    "Tensor? inv_freq, float attention_scaling, bool interleaved, bool applied, bool slot, "
+    "Tensor? new_lengths=None, Tensor? sink_logits=None, Tensor? sink_bias=None, "
+    "Tensor? sink_k=None, Tensor? sink_v=None, float? scale=None, float? softcap=None, "
+    "Tensor? alibi_slopes=None, bool return_mass=False) "
+    "-> (Tensor out, Tensor lse, Tensor mass)",
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+
 attend = torch.ops.sinkattn.attend.default
 attend_backward = torch.ops.sinkattn.attend_backward.default
+cache_attend = torch.ops.sinkattn.cache_attend.default
 
 KEYWORDS = tuple(word.split()[1].partition("=")[0] for word in _KEYWORDS.split(", "))
 DIFFERENTIABLE = ("q", "k", "v", "sink_logits", "sink_bias", "sink_q", "sink_k", "sink_v")
@@ -45,17 +56,3 @@ def bind(operator, arguments):
               for argument in operator._schema.arguments}
     values.update(zip(values, arguments))
     return values
-
-
-def core_keywords(causal=True, window=None, windows=None, sinks=0, sink_logits=None,
-                  sink_bias=None, sink_q=None, sink_k=None, sink_v=None, scale=None, softcap=None,
-                  alibi_slopes=None, starts=None, lengths=None, q_lengths=None, cu_seqlens_q=None,
-                  cu_seqlens_k=None):
-    """KEYWORDS of the schema -> the arguments of the core, in its order."""
-    if windows is not None:
-        if window is not None:
-            raise ValueError("attend(): window and windows are both given, expected one of them")
-        window = windows
-    pair = None if sink_k is None and sink_v is None else (sink_k, sink_v)
-    return (causal, window, sinks, sink_logits, sink_bias, sink_q, pair, scale, softcap,
-            alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k)

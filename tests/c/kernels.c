@@ -178,6 +178,77 @@ static void compare(const call *c, const char *got, const char *expected, const 
     EXPECT(mass_error <= (dtype == SA_F32 ? 1e-5 : 1e-3), "%s: mass is off by %g", what, mass_error);
 }
 
+/* --- gradients ---------------------------------------------------------------------------------------------------------------------- */
+
+enum { GRADIENTS = 8 };
+
+typedef struct gradients {
+    void *data[GRADIENTS]; /* query, key, value, sink_query, sink_key, sink_value, sink_logits, sink_bias */
+    int64_t count[GRADIENTS];
+    sa_dtype dtype[GRADIENTS];
+} gradients;
+
+static int64_t elements(const sa_tensor *tensor)
+{
+    int64_t count = tensor->rank > 0;
+    for (int axis = 0; axis < tensor->rank; axis++) {
+        count *= tensor->shape[axis];
+    }
+    return count;
+}
+
+/* Of the output and lse that the last run left; the output stands for its own gradient, lse for its. */
+static gradients run_backward(const call *c, const char *table, int64_t threads)
+{
+    const sa_attend_params *p = &c->params;
+    sa_tensor lse = {.data = p->lse, .shape = {p->query.shape[0], p->query.shape[1], p->query.shape[2]}, .rank = 3, .dtype = SA_F32};
+    lse.stride[2] = 1;
+    lse.stride[1] = lse.shape[2];
+    lse.stride[0] = lse.shape[1] * lse.shape[2];
+    sa_attend_backward_params b = {.attend = *p, .output_gradient = p->output, .output = p->output, .lse = lse, .lse_gradient = lse};
+    b.attend.output = (sa_tensor){0};
+    b.attend.lse = b.attend.mass = NULL;
+    const sa_tensor *const tensors[] = {&p->query, &p->key, &p->value, &p->sink_query, &p->sink_key, &p->sink_value};
+    void **const places[] = {&b.query_gradient,    &b.key_gradient,        &b.value_gradient,
+                             &b.sink_query_gradient, &b.sink_key_gradient, &b.sink_value_gradient};
+    gradients g = {0};
+    for (int i = 0; i < 6; i++) {
+        g.dtype[i] = p->query.dtype;
+        g.count[i] = elements(tensors[i]);
+        *places[i] = g.data[i] = g.count[i] > 0 ? allocate(g.count[i] * 4) : NULL;
+    }
+    g.count[6] = p->sink_logits.data != NULL ? p->query.shape[1] * LOGIT_COUNT : 0;
+    g.count[7] = p->sink_bias.data != NULL ? p->query.shape[1] * PINNED : 0;
+    b.sink_logits_gradient = g.data[6] = g.count[6] > 0 ? allocate(g.count[6] * 4) : NULL;
+    b.sink_bias_gradient = g.data[7] = g.count[7] > 0 ? allocate(g.count[7] * 4) : NULL;
+    EXPECT(sa_table_use(table) == SA_OK, "%s", sa_message());
+    sa_set_threads(threads);
+    EXPECT(sa_attend_backward_check(&b) == SA_OK && sa_attend_backward(&b, no_poll) == SA_OK, "%s", sa_message());
+    return g;
+}
+
+static void free_gradients(gradients *g)
+{
+    for (int i = 0; i < GRADIENTS; i++) {
+        free(g->data[i]);
+    }
+}
+
+static void test_backward(const call *c, const char *table, const char *what)
+{
+    static const double bounds[] = {[SA_F32] = 5e-6, [SA_F16] = 3e-3, [SA_BF16] = 2.5e-2};
+    gradients expected = run_backward(c, "reference", 2), one = run_backward(c, table, 1), three = run_backward(c, table, 3);
+    for (int i = 0; i < GRADIENTS; i++) {
+        const double error = relative_error(one.dtype[i], one.data[i], expected.data[i], one.count[i]);
+        EXPECT(error <= bounds[c->params.query.dtype], "%s: gradient %d is off by %g", what, i, error);
+        const size_t bytes = (size_t)(one.count[i] * sa_dtype_size(one.dtype[i]));
+        EXPECT(bytes == 0 || memcmp(one.data[i], three.data[i], bytes) == 0, "%s: gradient %d: three threads differ from one", what, i);
+    }
+    free_gradients(&expected);
+    free_gradients(&one);
+    free_gradients(&three);
+}
+
 /* --- a plain statement of the formula: causality, windows, pinned keys, logits, softcap, ALiBi ------------------------------------- */
 
 static bool sees(const call *c, int64_t head, int64_t position, int64_t key)
@@ -289,6 +360,7 @@ static void test_call(const shape *s, sa_dtype dtype, unsigned features, const c
             check_reference(&c, expected, what);
         }
     } else {
+        test_backward(&c, table, what);
         char *one = run(&c, table, 1), *three = run(&c, table, 3);
         const int64_t bytes = c.outputs * sa_dtype_size(dtype) + (c.rows + c.keys) * (int64_t)sizeof(float);
         compare(&c, one, expected, what);

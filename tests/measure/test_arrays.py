@@ -1,5 +1,6 @@
 """Each measure of arrays against its sum written out, in Python floats."""
 
+import itertools
 import math
 
 import numpy as np
@@ -49,6 +50,16 @@ def test_what_is_lost_kept_and_on_the_sinks():
         assert sinks[place] == pytest.approx(w[0] + w[1] + w[2])
 
 
+def test_the_least_that_can_be_lost():
+    """The smallest loss of all sets of so many keys, by trying them all."""
+    weights, counts = random.random((2, 3, 6)), np.array([[0, 2, 3], [5, 6, 6]])
+    found = measure.least_loss(weights, counts)
+    for place in np.ndindex(2, 3):
+        losses = [weights[place].sum() - weights[place][list(held)].sum()
+                  for held in itertools.combinations(range(6), counts[place])]
+        assert found[place] == pytest.approx(min(losses))
+
+
 def test_output_error():
     out, full = np.array([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]]), np.array([[0.0, 4.0], [0.0, 0.0], [0.0, 0.0]])
     np.testing.assert_array_equal(measure.output_error(out, full), [0.75, np.inf, 0])
@@ -72,6 +83,7 @@ def test_kept_mask_of_both_kinds_of_cache():
     (lambda: measure.attention_loss([0.5, 0.5], [1, 0]), TypeError, "kept has dtype int64, expected bool"),
     (lambda: measure.attention_loss([0.5, 0.5], [True] * 3), ValueError, r"kept has shape \[3\]"),
     (lambda: measure.top_keys([0.5], [True], 0), ValueError, "count is 0"),
+    (lambda: measure.least_loss([0.5], -1), ValueError, "counts are expected to be ints"),
     (lambda: measure.sink_mass([0.5], -1), ValueError, "sinks is -1"),
     (lambda: measure.output_error([1.0], [1.0, 2.0]), ValueError, r"out has shape \[1\]"),
     (lambda: measure.kept_mask([[[0], [1]]], 3, 2), ValueError, "a row of 2 heads, expected 3"),

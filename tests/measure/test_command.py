@@ -1,6 +1,7 @@
 """Records, pictures, and `python -m sinkattn measure`."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -12,15 +13,16 @@ import pytest
 from sinkattn import measure
 from sinkattn.__main__ import main
 from sinkattn.demo.text import held_out_text
-from sinkattn.measure.methods import FULL, SINKS, WINDOW, find, names
+from sinkattn.measure.methods import FULL, SINKS, WINDOW, defaults, find, names, read_policy
 from sinkattn.measure.report import text_report
+from sinkattn.policy import H2O, SnapKV
 
 TEXT = np.frombuffer(held_out_text()[0], np.uint8)
 
 
 @pytest.fixture(scope="module")
 def found(workers):
-    return measure.compare(TEXT, [FULL, WINDOW, SINKS], rows=2, plants=2, distances=[60, 200, 300],
+    return measure.compare(TEXT, [FULL, WINDOW, SINKS, "H2O"], rows=2, plants=2, distances=[60, 200, 300],
                            tokens=600, streams=2, workers=workers)
 
 
@@ -79,7 +81,7 @@ def test_a_record_that_does_not_fit_is_refused(change, words):
 
 def test_what_is_kept_and_forgotten(found):
     """The same three truths that the demo shows: all keys recall, a window does not, sinks keep the text readable."""
-    full, window, sinks = found.policies
+    full, window, sinks, h2o = found.policies
     assert full.attention.loss.mean == 0 and full.attention.top.mean == 1
     assert full.attention.error.mean < 1e-4
     assert window.attention.loss.mean > 2 * sinks.attention.loss.mean > 0.02
@@ -91,6 +93,8 @@ def test_what_is_kept_and_forgotten(found):
     assert full.far.bits[1].mean > 2 * sinks.far.bits[1].mean
     assert window.nbytes == sinks.nbytes < full.nbytes / 3
     assert sinks.near_gap.mean == 0 < window.near_gap.mean
+    assert 0.9 * sinks.nbytes < h2o.nbytes <= sinks.nbytes and h2o.budget < sinks.budget
+    assert 0 < h2o.attention.least.mean < h2o.attention.loss.mean < window.attention.loss.mean
     assert min(min(row) for row in full.attention.sink_by_head) > 0.01
 
 
@@ -98,9 +102,31 @@ def test_every_method_gets_the_same_bytes():
     """As many slots as fit into the bytes of sinks + window, and one more would not."""
     from sinkattn import SinkCache
     limit = SinkCache(1, 2, 64, sinks=4, window=124).nbytes
+    assert len(names()) > 12
     for name in names()[1:]:
         method = find(name, 128, 4, 32, "original", (2, 64))
-        assert 0.9 * limit < method.make(1, 2, 64).nbytes <= limit, name
+        assert 0.95 * limit < method.make(1, 2, 64).nbytes <= limit, name
+        if name not in (WINDOW, SINKS):
+            more = functools.partial(method.make, budget=method.slots + 1)
+            assert more(1, 2, 64).nbytes > limit, name
+
+
+def test_a_policy_may_come_with_its_numbers():
+    assert read_policy("H2O") == H2O()
+    assert read_policy("SnapKV(w=16, pool='max')") == SnapKV(w=16, pool="max")
+    assert set(names()) < set(defaults())
+
+
+@pytest.mark.parametrize("words", ["SnapKV(16)", "SnapKV(w=x)", "SnapKV(v=1)", "SnapKV(w=1", "SnapKV(w=1.5)", "Custom"])
+def test_a_policy_that_cannot_be_read_is_refused(words):
+    with pytest.raises(ValueError, match="policies has"):
+        read_policy(words)
+
+
+def test_no_room_for_a_policy():
+    """A bit for each of 4096 queries of every token: more than the bytes of a small window."""
+    with pytest.raises(ValueError, match="does not fit into its"):
+        find("Scissorhands(w=4096)", 12, 4, 4, "original", (1, 4))
 
 
 def test_the_table_says_what_the_record_says(found):
@@ -119,20 +145,21 @@ def test_the_table_says_what_the_record_says(found):
 def test_the_command(capsys, tmp_path):
     record, picture = tmp_path / "all.json", tmp_path / "all.png"
     plot = ["--plot", str(picture)] if importlib.util.find_spec("matplotlib") else []
-    arguments = ["measure", "--quick", "--policies", f"{WINDOW}, {SINKS}", "--rows", "2", "--plants", "2",
+    arguments = ["measure", "--quick", "--policies", f"{WINDOW}, SnapKV(w=8, kernel=9), {SINKS}", "--rows", "2", "--plants", "2",
                  "--distances", "60,200"]
     assert main([*arguments, "--json", str(record), *plot]) == 0
     said, written = capsys.readouterr().out, measure.Comparison.from_json(record.read_text())
     assert said.strip() == text_report(written)
-    assert written.settings["tokens"] == 0 and [p.far for p in written.policies] == [None, None]
-    assert [p.questions for p in written.policies] == [None, None], "one plant beyond the budget makes no pair"
+    assert [p.name for p in written.policies] == [WINDOW, "SnapKV(w=8, kernel=9)", SINKS]
+    assert written.settings["tokens"] == 0 and [p.far for p in written.policies] == [None] * 3
+    assert [p.questions for p in written.policies] == [None] * 3, "one plant beyond the budget makes no pair"
     assert not plot or picture.read_bytes().startswith(b"\x89PNG")
     assert main(["measure", "--quick", "--policies", SINKS, "--rows", "2", "--plants", "2", "--distances", "60", "--json", "-"]) == 0
     assert measure.Comparison.from_json(capsys.readouterr().out).policies[0].name == SINKS
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--policies", "Best"], "--policies has 'Best', expected some of: all keys"),
+    (["--policies", "Best"], "--policies has 'Best', expected some of all keys"),
     (["--budget", "40", "--recent", "36"], "leave no room in --budget 40"),
     (["--budget", "7"], "expected 8 or more"),
     (["--distances", "0"], "expected 1 or more"),
@@ -166,7 +193,7 @@ def test_pictures(found, tmp_path):
 
     figure = found.plot()
     panels = figure.axes
-    assert [label.get_text() for label in panels[0].get_yticklabels()] == [FULL, WINDOW, SINKS]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [FULL, WINDOW, SINKS, "H2O"]
     shown = [text.get_text() for text in panels[0].texts]
     assert shown == [f"{p.accuracy:.2f}" for policy in found.policies for p in policy.recall.first]
     losses = panels[2].lines[0].get_xdata()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from readers import Amnesiac, Perfect
 
-from sinkattn import Rope, SinkCache, attend, measure
+from sinkattn import KVCache, Rope, SinkCache, attend, measure, policy
 from sinkattn.demo.methods import Dense
 from sinkattn.demo.text import held_out_text
 from sinkattn.measure.probe import summarise
@@ -56,6 +56,7 @@ def test_a_probe_sees_what_was_lost(step):
         i = sample["position"]
         group = weights[:, :, i, :i + 1].reshape(2, 2, 2, i + 1).mean(axis=2)
         np.testing.assert_allclose(sample["loss"], (group * ~seen[i, :i + 1]).sum(axis=-1), atol=1e-6)
+        np.testing.assert_allclose(sample["least"], np.sort(group, axis=-1)[..., :max(i - 10, 0)].sum(axis=-1), atol=1e-6)
         np.testing.assert_allclose(sample["sinks"], group[..., :2].sum(axis=-1), atol=1e-6)
         heaviest = np.argsort(group, axis=-1)[..., -3:]
         np.testing.assert_array_equal(sample["top"], seen[i][heaviest].mean(axis=-1))
@@ -141,3 +142,25 @@ def test_a_model_of_transformers():
 def test_bad_streams_are_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_probe_sees_what_a_policy_lost(step):
+    """With ten kept by a random draw: a query saw what was held before its call, and itself."""
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((2, h, 40, 8)).astype(np.float32) for h in (4, 2, 2))
+    make = partial(KVCache, 2, 2, 8, policy=policy.Random(), budget=10, sinks=2, recent=3)
+    plain, probe = make(), measure.Probe(make(), 2, 2, 8)
+    weights = measure.weights(q, k)
+    for i in range(0, 40, step):
+        part, seen = slice(i, i + step), np.zeros((2, 2, i + 1), bool)
+        for row, head in np.ndindex(2, 2):
+            seen[row, head, [*plain.kept()[row][head], i]] = True
+        out = plain.attend(q[:, :, part], k[:, :, part], v[:, :, part])
+        probe.attend(q[:, :, part], k[:, :, part], v[:, :, part])
+        group = weights[:, :, i, :i + 1].reshape(2, 2, 2, i + 1).mean(axis=2)
+        np.testing.assert_allclose(probe.samples[-1]["loss"], np.where(seen, 0, group).sum(axis=-1), atol=1e-6)
+        cut = weights[:, :, i, :i + 1] * np.repeat(seen, 2, axis=1)
+        expected = np.einsum("bhj,bhjd->bhd", cut / cut.sum(axis=-1, keepdims=True), np.repeat(v, 2, axis=1)[:, :, :i + 1])
+        np.testing.assert_allclose(out[:, :, 0], expected, atol=1e-5)
+    assert probe.samples[-1]["loss"].min() > 0.1

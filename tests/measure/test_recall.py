@@ -5,7 +5,7 @@ import pytest
 from readers import Amnesiac, Perfect
 
 from sinkattn import measure
-from sinkattn.measure.compare import default_distances
+from sinkattn.measure.compare import LEAD, default_distances
 from sinkattn.measure.recall import work
 
 TEXT = np.random.default_rng(1).integers(32, 97, 5000)
@@ -32,6 +32,8 @@ def test_every_plant_lies_where_it_is_said_to(pairs):
         heads = [bytes(p.astype(np.uint8)).rsplit(b"\n", 1)[1] for p in plants.prompts[row]]
         assert len(set(heads)) == len(heads)
     assert sorted(set(plants.distances.ravel())) == FAR
+    longer = planted(pairs=pairs, lead=40).context.shape[1] - plants.context.shape[1]
+    assert longer == 36, "four tokens lead in any case"
 
 
 def test_the_texts_hang_on_the_seed_alone():
@@ -102,9 +104,9 @@ def test_the_work_is_what_is_read():
 @pytest.mark.parametrize("budget", [32, 64, 128, 200, 300])
 def test_default_distances_fit_and_reach_beyond(budget):
     distances = default_distances(budget, 512)
-    plants = measure.plant(TEXT, distances, 1)
-    assert plants.context.shape[1] + plants.step + plants.prompts.shape[2] + 16 <= 512
-    assert sum(distance > budget for distance in distances) >= 2
+    plants = measure.plant(TEXT, distances, 1, lead=LEAD)
+    assert plants.reach <= 512
+    assert sum(distance > budget for distance in distances) >= (1 if budget == 300 else 2)
 
 
 @pytest.mark.parametrize("call, error, words", [

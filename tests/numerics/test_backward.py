@@ -1,5 +1,7 @@
 """attend_backward: the reference against differences, the kernels against the reference."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,8 +11,9 @@ from tolerance import relative_error
 
 from sinkattn import attend, attend_backward, get_num_threads, reference, set_num_threads
 
+EXAMPLES = int(os.environ.get("SINKATTN_BACKWARD_EXAMPLES", "20"))
 NOT_ATTEND = ("mass_reduce", "mass_queries")
-# A weight is exp(s - lse), and lse arrives in fp32: below 32 it is off by up to 1e-6, and the weight with it.
+# A weight is exp(s - lse), and lse arrives in fp32: below 32 it is off by up to 1e-6, and the weight with it; beyond, by as much more.
 FP32_RELATIVE = 5e-6
 HALF_RELATIVE = {"float16": 3e-3, "bfloat16": 2.5e-2}  # roundings of P, dS, out and the result
 
@@ -83,16 +86,18 @@ def test_the_reference_is_the_derivative_of_attend(name, arguments):
 
 # --- the kernels ----------------------------------------------------------------------------------
 
-def assert_gradients(got, expected, dtype):
-    """Both flat; dtype: the name of that of q."""
+def assert_gradients(got, expected, dtype, lse=()):
+    """Both flat; dtype: the name of that of q. The bound grows where lse is large: so does its rounding."""
+    largest = max((abs(x) for x in np.ravel(lse) if np.isfinite(x)), default=0.0)
+    bound = HALF_RELATIVE.get(dtype, FP32_RELATIVE * max(1.0, largest / 32))
     scale = sum(np.linalg.norm(x) for x in expected.values())
     for name, gradient in got.items():
         assert gradient.dtype == (np.float32 if name in ("sink_logits", "sink_bias") else dtype_of(dtype)), name
         wanted = expected[name]
-        if np.linalg.norm(wanted) < 1e-4 * scale:       # what cancels keeps the errors of its terms
-            assert np.linalg.norm(gradient.astype(float) - wanted) <= HALF_RELATIVE.get(dtype, 1e-5) * 1e-3 * scale
+        if np.linalg.norm(wanted) < 1e-3 * scale:       # what cancels keeps the errors of its terms
+            assert np.linalg.norm(gradient.astype(float) - wanted) <= bound * 1e-3 * scale, name
         else:
-            assert relative_error(gradient, wanted) <= HALF_RELATIVE.get(dtype, FP32_RELATIVE), name
+            assert relative_error(gradient, wanted) <= bound, name
 
 
 def check_backward(q, k, v, with_dlse=True, random=None, **keywords):
@@ -103,12 +108,12 @@ def check_backward(q, k, v, with_dlse=True, random=None, **keywords):
     dout, dlse = normal(random, *out.shape, dtype=dtype), normal(random, *lse.shape) if with_dlse else None
     got = attend_backward(dout, q, k, v, out, lse, dlse=dlse, **keywords)
     expected = flat(reference.attend_backward(dout, q, k, v, out, lse, dlse=dlse, **keywords))
-    assert_gradients(flat(got), expected, dtype)
+    assert_gradients(flat(got), expected, dtype, lse)
     return got
 
 
 @given(call=calls())
-@settings(max_examples=25)
+@settings(max_examples=EXAMPLES)
 def test_any_call_agrees_with_the_reference(call, table):
     """Features that are right one by one, and wrong together on one path of one table."""
     check_backward(call.q, call.k, call.v, **{n: x for n, x in call.keywords.items() if n not in NOT_ATTEND})
@@ -124,7 +129,7 @@ def test_long_rows_of_grouped_heads(keywords, dtype, table):
 
 
 @given(call=calls(dtypes=("float32",)))
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES)
 def test_what_no_query_sees_is_never_felt(call, table):
     """Padding, keys outside every window, removed columns, queries that are not real, and what out,
     lse and the gradients hold for these: all of them may be NaN."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sinkattn import attend, reference
+from sinkattn import attend, attend_backward, reference
 
 torch = pytest.importorskip("torch")
 
@@ -48,3 +48,28 @@ def test_error_is_at_most_twice_that_of_torch(dtype, feature, queries, table):
         their_error = np.abs(eager(q, k, v, **theirs).double().numpy() - exact).max()
         our_error = np.abs(attend(q, k, v, **ours).double().numpy() - exact).max()
     assert our_error <= 2 * their_error
+
+
+@pytest.mark.parametrize("feature", ["plain", "sink", "window", "softcap"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_error_of_gradients_is_at_most_twice_that_of_autograd(dtype, feature, table):
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, dout = (torch.randn(2, h, n, 64, generator=generator).to(dtype)
+                     for h, n in ((4, 100), (2, 300), (2, 300), (4, 100)))
+    theirs, ours = {"window": ({"window": 50, "pinned": 4}, {"window": 50, "sinks": 4}),
+                    "softcap": ({"softcap": 5.0}, {"softcap": 5.0})}.get(feature, ({}, {}))
+    leaves = {"q": q, "k": k, "v": v}
+    if feature == "sink":
+        leaves["sink_logits"] = torch.tensor([-10.0, 0.0, 5.0, 20.0], dtype=dtype)
+        ours = {"sink_logits": leaves["sink_logits"]}
+    leaves = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    eager(*(leaves[n] for n in "qkv"), sinks=leaves.get("sink_logits"), **theirs).backward(dout)
+    out, lse = attend(q, k, v, return_lse=True, **ours)
+    got = attend_backward(dout, q, k, v, out, lse, **ours)
+
+    wide = [x.double().numpy() for x in (q, k, v)]
+    ours = {name: x.double().numpy() if name == "sink_logits" else x for name, x in ours.items()}
+    exact = reference.attend_backward(dout.double().numpy(), *wide, *reference.attend(*wide, return_lse=True, **ours), **ours)
+    for name, leaf in leaves.items():
+        their_error = np.linalg.norm(leaf.grad.double().numpy() - exact[name])
+        assert np.linalg.norm(got[name].double().numpy() - exact[name]) <= 2 * their_error, name

@@ -25,8 +25,9 @@ def test_code_in_documents_runs(document):
     assert blocks
     names = {}
     for block in blocks:
-        if "import torch" in block:
-            pytest.importorskip("torch")
+        for library in ("torch", "transformers"):
+            if f"import {library}" in block or f"from {library}" in block:
+                pytest.importorskip(library)
         if ">>>" in block:
             test = doctest.DocTestParser().get_doctest(block, names, document, document, 0)
             runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
