@@ -7,7 +7,7 @@ import numpy as np
 
 from . import recall as asking
 from . import stream
-from .methods import SINKS, defaults, find
+from .methods import SINKS, NoRoom, defaults, find
 from .models import shipped
 from .plants import GAP, plant
 from .probe import Probe, summarise
@@ -46,7 +46,7 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
             make_progress=None):
     """Compares policies on the shipped byte-level model; what `python -m sinkattn measure` runs.
 
-    text : uint8 [n]. policies : names as `methods.find` takes them, default all.
+    text : uint8 [n]. policies : names as `methods.find` takes them, default all that have room.
     budget : tokens a kv head of sinks + window; the others get the same bytes. sinks, recent : what
         every policy keeps at least.
     rows : streams of the trained length, for bits and attention loss. plants : rows with planted
@@ -60,9 +60,8 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
     config = _shipped_model().config
     trained, shape = config.context, (config.heads_kv, config.head_depth)
     distances = default_distances(budget, trained) if distances is None else distances
-    policies = defaults() if policies is None else list(policies)
-    near = [find(name, budget, sinks, recent, "original", shape) for name in policies]
-    far = [find(name, budget, sinks, recent, "slot", shape) for name in policies]
+    near, left_out = _chosen(policies, budget, sinks, recent, shape)
+    far = [find(method.name, budget, sinks, recent, "slot", shape) for method in near]
     planted = plant(text, distances, plants, seed=seed)
     if planted.reach > trained:
         raise ValueError(f"distances reach to {max(distances)}: a row of {planted.reach} tokens, "
@@ -75,7 +74,7 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
     texts = crops(text, rows, trained - 1), crops(text, streams, tokens)
     asked = asking.work(planted, len(distances) > 1, sum(d > budget for d in distances) > 1)
     one = rows * trained + streams * tokens + asked + SINGLE_STEPS
-    progress = make_progress(one * len(policies)) if make_progress else None
+    progress = make_progress(one * len(near)) if make_progress else None
 
     results, costs = [], {}
     for method, long_method in zip(near, far):
@@ -93,7 +92,20 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
         "tokens": tokens, "streams": streams, "chunk": chunk, "seed": seed, "trained": trained,
         "layers": config.layers, "kv_heads": config.heads_kv,
     }
-    return Comparison(settings=settings, text="", policies=results)
+    return Comparison(settings=settings, text="", policies=results, left_out=left_out)
+
+
+def _chosen(policies, budget, sinks, recent, shape):
+    """(methods, names of those that were not asked for by name and have no room)."""
+    found, left_out = [], []
+    for name in defaults() if policies is None else policies:
+        try:
+            found.append(find(name, budget, sinks, recent, "original", shape))
+        except NoRoom:
+            if policies is not None:
+                raise
+            left_out.append(name)
+    return found, left_out
 
 
 def _with_gaps(result, costs, base):

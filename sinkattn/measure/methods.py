@@ -13,6 +13,10 @@ WHOLE = 1 << 16  # tokens in one call that are attended before any leaves
 FULL, WINDOW, SINKS = "all keys", "window", "sinks + window"
 
 
+class NoRoom(ValueError):
+    """A policy whose bookkeeping leaves no room for what it must keep."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """make(rows, kv_heads, head_dim, rope=...) gives the cache of a layer; slots : tokens that each
@@ -91,7 +95,7 @@ def _fitted(name, policy, limit, budget, sinks, recent, positions, shape):
                                  recent=min(recent, slots - sinks), positions=positions,
                                  chunk=WHOLE, track_mass=False, log=0)
 
-    for slots in range(budget, sinks, -1):
+    for slots in range(budget, sinks + max(1, policy.protects) - 1, -1):
         if make(slots)(1, *shape).nbytes <= limit:
             return Method(name, slots, make(slots))
-    raise ValueError(f"budget is {budget}: {name} does not fit into its {limit} bytes")
+    raise NoRoom(f"budget is {budget}: {name} does not fit into its {limit} bytes")

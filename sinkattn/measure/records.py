@@ -236,11 +236,13 @@ class PolicyResult(_Record):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison(_Record):
-    """Policies at equal bytes; what `python -m sinkattn measure` prints, plots and writes."""
+    """Policies at equal bytes; what `python -m sinkattn measure` prints, plots and writes.
+    left_out : those whose bookkeeping alone takes too much of the bytes."""
 
     settings: dict[str, int]
     text: str
     policies: list[PolicyResult]
+    left_out: list[str]
 
     def plot(self, path=None):
         """Four panels: recall, second question, attention loss, bits. Returns the figure, or writes

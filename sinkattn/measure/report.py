@@ -24,6 +24,7 @@ def _opening(found):
         f"included ({SINKS}: {s['sinks']} + {s['budget'] - s['sinks']}).\n"
         f"Policies keep {s['sinks']} sinks and the last {s['recent']} tokens, and choose the rest. "
         f"Intervals are 95 %."
+        + (f"\nLeft out, for want of room: {_listed(found.left_out)}." if found.left_out else "")
     )
 
 

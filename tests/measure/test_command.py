@@ -13,6 +13,7 @@ import pytest
 from sinkattn import measure
 from sinkattn.__main__ import main
 from sinkattn.demo.text import held_out_text
+from sinkattn.measure.compare import _chosen
 from sinkattn.measure.methods import FULL, SINKS, WINDOW, defaults, find, names, read_policy
 from sinkattn.measure.report import text_report
 from sinkattn.policy import H2O, SnapKV
@@ -124,9 +125,18 @@ def test_a_policy_that_cannot_be_read_is_refused(words):
 
 
 def test_no_room_for_a_policy():
-    """A bit for each of 4096 queries of every token: more than the bytes of a small window."""
-    with pytest.raises(ValueError, match="does not fit into its"):
-        find("Scissorhands(w=4096)", 12, 4, 4, "original", (1, 4))
+    """SnapKV keeps 32 tokens at least, and 32 numbers for each: more than the bytes of a small window. One that was
+    asked for is refused, of all policies it is left out, and the report says so."""
+    with pytest.raises(ValueError, match="budget is 40: SnapKV does not fit into its"):
+        measure.compare(TEXT, ["SnapKV"], budget=40, recent=8)
+    methods, left_out = _chosen(None, 40, 4, 8, (2, 64))
+    assert "SnapKV" in left_out and "H2O" in [method.name for method in methods]
+    assert {method.name for method in methods} | set(left_out) == set(defaults())
+
+
+def test_what_was_left_out_is_said(found):
+    text = text_report(dataclasses.replace(found, left_out=["SnapKV", "CUR"]))
+    assert "Left out, for want of room: SnapKV, CUR." in text and "Left out" not in text_report(found)
 
 
 def test_the_table_says_what_the_record_says(found):
