@@ -11,7 +11,7 @@ import pytest
 
 CLEAN = """
 import cupy, numpy as np, sys
-from sinkattn import Rope, SinkCache, attend, attend_backward, merge, show_config
+from sinkattn import Rope, SinkCache, attend, attend_backward, mass, merge, show_config
 
 random = np.random.default_rng(0)
 def normal(dtype, *shape):
@@ -26,6 +26,7 @@ for dtype in (np.float32, np.float16):
                     sink_q=q, sink_kv=(k[0, :, :5], v[0, :, :5]), lengths=cupy.asarray([130, 7]))
         out, lse = attend(q, k, v, return_lse=True, **more)
         attend_backward(out, q, k, v, out, lse, dlse=lse, **more)
+        mass(q, k, lse, row_weights=cupy.asarray(np.ones(lse.shape)), window=40, sinks=3)
         merge([out, out[:, ::-1]] * 25, [lse, lse] * 25)
     q, k, v = (normal(dtype, 1, h, n, 64) for h, n in ((4, 1), (2, 5000), (2, 5000)))
     attend(q, k, v)
