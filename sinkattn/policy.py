@@ -206,7 +206,7 @@ class ExpectedAttention(Policy):
     weight. mu and S are mean and covariance of all queries so far of the group's heads together,
     each as if it stood at position 0 (those of the pinned tokens are left out), turned by the mean
     turn over the next `n_future` positions. With `scale`, that in place of 1 / sqrt(d); a softcap
-    is not in it. Costs n d^2 at each eviction: use `every`. With a rope it needs positions="original".
+    is not in it. Costs n d^2 at each eviction: use `every`. A rope needs positions="original".
     Source: Devoto et al., "Expected Attention", arXiv 2510.00636, where every query head has a mean
     of its own.
     """
