@@ -264,7 +264,8 @@ class SinkCache(StreamCache):
     The model must use sinkattn's attention (`sinkattn.hf.enable`), else the first token raises.
 
         cache = SinkCache(model.config, sinks=4, window=1020)
-        model.generate(ids, past_key_values=cache)  # cache=cache from transformers 5.24 on
+        model.generate(ids, past_key_values=cache)  # cache=cache from transformers 5.24 on:
+        model.generate(ids, **{sinkattn.hf.cache_keyword(model): cache})  # whichever it is
 
     Raises NotImplementedError at construction for models whose layers are neither full nor sliding
     attention, whose keys are latents or shared between layers, and, with positions="slot", for

@@ -1,5 +1,6 @@
 """Sink logits that a model did not come with."""
 
+import inspect
 import math
 
 import torch
@@ -163,6 +164,6 @@ def refuse_nonzero_states(model):
 
 
 def cache_keyword(model):
-    """The name under which a model takes its cache: "cache" since transformers 5.24."""
-    import inspect
+    """The name under which a model and its generate take a cache: "past_key_values", or "cache"
+    since transformers 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
