@@ -5,6 +5,8 @@ import time
 
 import numpy as np
 
+from sinkattn.rope import Rope
+
 from . import recall as asking
 from . import stream
 from .methods import SINKS, NoRoom, defaults, find
@@ -61,7 +63,8 @@ def compare(text, policies=None, *, budget=128, sinks=4, recent=32, rows=16, pla
     trained, shape = config.context, (config.heads_kv, config.head_depth)
     distances = default_distances(budget, trained) if distances is None else distances
     near, left_out = _chosen(policies, budget, sinks, recent, shape)
-    far = [find(method.name, budget, sinks, recent, "slot", shape) for method in near]
+    rope = Rope(config.inverse_frequencies())
+    far = [_in_slots(method.name, budget, sinks, recent, shape, rope) for method in near]
     planted = plant(text, distances, plants, seed=seed)
     if planted.reach > trained:
         raise ValueError(f"distances reach to {max(distances)}: a row of {planted.reach} tokens, "
@@ -108,6 +111,16 @@ def _chosen(policies, budget, sinks, recent, shape):
     return found, left_out
 
 
+def _in_slots(name, budget, sinks, recent, shape, rope):
+    """The method with positions counted in slots; None for a policy that knows no such thing."""
+    try:
+        method = find(name, budget, sinks, recent, "slot", shape)
+        method.make(1, *shape, rope=rope)
+        return method
+    except NotImplementedError:
+        return None
+
+
 def _with_gaps(result, costs, base):
     near, far = (None if own is None else Estimate.of(own - other)
                  for own, other in zip(costs, base))
@@ -137,7 +150,7 @@ def _measure(method, long_method, texts, planted, budget, sinks, chunk, workers,
         questions = asking.two_questions(model, planted, among=beyond, chunk=chunk,
                                          workers=workers, progress=progress)
     far = far_cost = None
-    if long.shape[1] > 1:
+    if long.shape[1] > 1 and long_method is not None:
         far, far_cost = _far(long_method, long, chunk, workers, progress)
     single = _single(method, short, budget, progress)
     return PolicyResult(

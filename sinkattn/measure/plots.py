@@ -181,7 +181,7 @@ def _bits(axes, policies, settings):
     far = [(line + 0.22, policy.far_gap if gaps else policy.far.bits[-1])
            for line, policy in enumerate(policies) if policy.far]
     if far:
-        begin, end = policies[0].far.buckets[-1]
+        begin, end = next(policy.far.buckets[-1] for policy in policies if policy.far)
         _across(axes, *zip(*far), 1, "D", f"at {begin}–{end}, positions by slot")
     axes.set(xlabel="bits (lower is better)",
              title="Bits per byte" + ", less sinks + window's" * gaps)

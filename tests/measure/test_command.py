@@ -134,6 +134,14 @@ def test_no_room_for_a_policy():
     assert {method.name for method in methods} | set(left_out) == set(defaults())
 
 
+def test_a_policy_without_positions_in_slots_has_no_long_stream(workers):
+    found = measure.compare(TEXT, [SINKS, "ExpectedAttention"], rows=2, plants=2, distances=[60], tokens=300,
+                            streams=2, workers=workers)
+    sinks, expected = found.policies
+    assert sinks.far and expected.far is None and expected.far_gap is None and expected.near_gap.mean != 0
+    assert "ExpectedAttention  " in text_report(found)
+
+
 def test_what_was_left_out_is_said(found):
     text = text_report(dataclasses.replace(found, left_out=["SnapKV", "CUR"]))
     assert "Left out, for want of room: SnapKV, CUR." in text and "Left out" not in text_report(found)
