@@ -119,6 +119,16 @@ sa_status sa_attend_backward_check(const sa_attend_backward_params *params);
 /* Runs a checked call with its results in place. SA_NO_MEMORY and SA_INTERRUPTED are the only failures; the results are then undefined. */
 sa_status sa_attend_backward(const sa_attend_backward_params *params, sa_poll poll);
 
+/* Per-key mass for attention that was computed elsewhere. */
+typedef struct sa_mass_params {
+    sa_attend_params attend; /* value: as key; output, lse and the sinks beside the pinned keys are not used: lse has them */
+    sa_floats lse;           /* [batch, heads_q, query_length], natural log: what every weight is divided by */
+    sa_floats row_weights;   /* like lse: factors of the queries' weights; not given: 1 */
+} sa_mass_params;
+
+sa_status sa_mass_check(const sa_mass_params *params);
+sa_status sa_mass(const sa_mass_params *params, sa_poll poll);
+
 /* --- the streaming cache -------------------------------------------------------------------------------------------------------- */
 
 typedef struct sa_cache sa_cache;

@@ -109,6 +109,38 @@ def attend_backward(dout, q, k, v, out, lse, *, dlse=None, deterministic=True, c
                                  cu_seqlens_q, cu_seqlens_k, dout, out, lse, dlse, deterministic)
 
 
+def mass(q, k, lse, *, row_weights=None, reduce="sum", queries=None, causal=True, window=None,
+         sinks=0, sink_bias=None, sink_q=None, scale=None, softcap=None, alibi_slopes=None,
+         starts=None, lengths=None, q_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None):
+    """The softmax weight that each key received, beside any attention that returns lse.
+
+    q, k and the keywords from causal on : as of `attend`. Sink logits and learned rows have no
+        place here: the lse of the attention has them in it.
+    lse : [batch, heads_q, query_length] real numbers, natural log of the whole denominator. A row
+        of -inf or +inf gives no key anything.
+    row_weights : like lse, optional. Factors of the weights of each query and head: 0 leaves one
+        out, lam ** age lets old ones fade.
+    reduce : "sum" over the queries, or "max".
+    queries : int, optional. Only the last so many real queries of each row or sequence.
+
+    Returns mass [batch, heads_kv, kv_length] float32, of the kind of q: mean over the query heads
+    of a group of row_weight * exp(score - lse), reduced over the queries; with "max" at least 0. It
+    is what `attend(..., return_mass=True)` gives for its own lse. Nothing of size [query_length,
+    kv_length] is stored, and every key has one writer: results do not depend on threads.
+
+    Raises as `attend` does; NotImplementedError on CUDA.
+
+    >>> import numpy as np
+    >>> q = k = v = np.ones((1, 2, 8, 16), np.float32)
+    >>> out, lse = attend(q, k, v, return_lse=True)
+    >>> mass(q, k, lse).sum(axis=-1).round(4)
+    array([[8., 8.]], dtype=float32)
+    """
+    return _core.mass(q, k, k, causal, window, sinks, None, sink_bias, sink_q, None, scale, softcap,
+                      alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k, lse,
+                      row_weights, reduce, queries)
+
+
 def merge(outs, lses):
     """Joins attention over disjoint sets of keys (split keys, cascades, context parallel).
 

@@ -62,6 +62,35 @@ def attend(q, k, v, *, causal=True, window=None, sinks=0, sink_logits=None, sink
     return _asked_for(result, lse, mass, return_lse, return_mass)
 
 
+def mass(q, k, lse, *, row_weights=None, reduce="sum", queries=None, starts=None, lengths=None,
+         q_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None, sink_q=None, **keywords):
+    """The per-key mass [batch, heads_kv, kv_length], as `sinkattn.mass`, in float64."""
+    q, k, lse = _wide(q), _wide(k), _wide(lse)
+    (batch, heads_q, query_length, depth), (_, heads_kv, kv_length, _) = q.shape, k.shape
+    group = heads_q // heads_kv
+    pinned_q = q if sink_q is None else _wide(sink_q)
+    factors = np.ones(lse.shape) if row_weights is None else _wide(row_weights)
+    given = {"causal": True, "window": None, "sinks": 0, "sink_bias": None, "scale": None,
+             "softcap": None, "alibi_slopes": None, **keywords}
+    heads = _heads(batch, heads_q, heads_kv, depth, 1, sink_logits=None, sink_kv=None, **given)
+    result = np.zeros((batch, heads_kv, kv_length))
+    for row, rows, keys in _sequences(batch, query_length, kv_length, starts, lengths, q_lengths,
+                                      cu_seqlens_q, cu_seqlens_k):
+        count, held = rows.stop - rows.start, keys.stop - keys.start
+        position = np.arange(count) + held - count
+        for g in range(heads_kv):
+            mean = 0.0
+            for h in range(g * group, (g + 1) * group):
+                _, own, weights = _attend_head(
+                    q[row, h, rows], k[row, g, keys], np.zeros((held, 1)), heads[row][h], position,
+                    pinned_q[row, h, rows], position)
+                whole = np.where(np.isinf(lse[row, h, rows]), np.inf, lse[row, h, rows])
+                change = np.where(own > -np.inf, own, 0.0) - whole
+                mean = mean + (factors[row, h, rows] * np.exp(change))[:, None] * weights / group
+            result[row, g, keys] = _over_queries(mean, reduce, queries)
+    return result
+
+
 class _Head(NamedTuple):
     """What one query head does to its scores."""
 

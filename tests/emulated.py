@@ -33,6 +33,10 @@ class Numbers(ctypes.Structure):
     _fields_ = [("data", POINTER), ("value", F64), ("stride", I64 * 2), *_fields(I32, "type given")]
 
 
+class Rows(ctypes.Structure):
+    _fields_ = [("data", POINTER), *_fields(I64, "batch head token"), *_fields(I32, "type padding")]
+
+
 class Cache(ctypes.Structure):
     _fields_ = [*_fields(POINTER, "keys values lengths lows inv_freq"),
                 *_fields(I64, "window capacity pairs"), ("scaling", F64),
@@ -46,7 +50,7 @@ class Problem(ctypes.Structure):
         *_fields(Tensor, "query key value output sink_query sink_key sink_value"),
         *_fields(Numbers, "sink_logits sink_bias alibi_slopes window starts lengths query_lengths "
                           "cumulative_query cumulative_key"),
-        ("cache", Cache), *_fields(Tensor, "row_lse row_weights"), *_fields(POINTER, "lse mass"),
+        ("cache", Cache), *_fields(Rows, "row_lse row_weights"), *_fields(POINTER, "lse mass"),
         *_fields(I64, "batch heads_q heads_kv query_length kv_length depth depth_v sequences "
                       "logits pinned learned mass_length mass_queries"),
         *_fields(ctypes.c_float, "scale softcap"),
@@ -230,8 +234,9 @@ def mass(library, q, k, lse, *, row_weights=None, reduce="sum", queries=None, **
     keep = params.fill(q, k, None, **keywords)
     params.mass, params.mass_reduce = got.ctypes.data, reduce == "max"
     params.mass_queries = -1 if queries is None else queries
-    rows = HostTensor.of(lse), HostTensor() if row_weights is None else HostTensor.of(row_weights)
-    assert library.run_mass(ctypes.byref(params), *map(ctypes.byref, rows)) == 0 and keep
+    rows = [(None, HostNumbers()) if x is None else
+            HostNumbers.of(x, np.float32, keywords.get("on_device", False)) for x in (lse, row_weights)]
+    assert library.run_mass(ctypes.byref(params), *(ctypes.byref(x) for _, x in rows)) == 0 and keep
     return got
 
 

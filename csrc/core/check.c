@@ -331,6 +331,11 @@ sa_status sa_check_scores(const sa_attend_params *params)
     return SA_OK;
 }
 
+sa_status sa_check_per_query(const sa_attend_params *params, const char *name, const sa_floats *numbers)
+{
+    return check_shape(params->function, name, numbers->shape, numbers->rank, params->query.shape, 3, "[batch, heads_q, query_length]");
+}
+
 /* Given, and with values that may be read: kernels clamp the others. */
 static bool on_host(const sa_ints *numbers)
 {
@@ -476,4 +481,11 @@ sa_status sa_attend_backward_check(const sa_attend_backward_params *params)
     SA_TRY(check_like_output(attend, "out", &params->output));
     SA_TRY(check_lse(attend, "lse", &params->lse));
     return params->lse_gradient.rank == 0 ? SA_OK : check_lse(attend, "dlse", &params->lse_gradient);
+}
+
+sa_status sa_mass_check(const sa_mass_params *params)
+{
+    SA_TRY(sa_attend_check(&params->attend));
+    SA_TRY(sa_check_per_query(&params->attend, "lse", &params->lse));
+    return params->row_weights.data != NULL ? sa_check_per_query(&params->attend, "row_weights", &params->row_weights) : SA_OK;
 }

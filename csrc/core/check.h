@@ -11,6 +11,9 @@ sa_status sa_check_tensors(const sa_attend_params *params);
 /* Arrays that change the score or the denominator: scale, softcap, sink_logits, sink_bias, alibi_slopes. */
 sa_status sa_check_scores(const sa_attend_params *params);
 
+/* An array that has one number for each query of each head. */
+sa_status sa_check_per_query(const sa_attend_params *params, const char *name, const sa_floats *numbers);
+
 /* Lengths of the given name: shape [batch], each within 0 .. limit. */
 sa_status sa_check_lengths(const sa_attend_params *params, const sa_ints *lengths, const char *name, int64_t limit, const char *limit_name);
 

@@ -103,6 +103,32 @@ static const void *key_of(const sa_candidates *all, int64_t candidate)
                                  : sa_at(all->fresh_keys, all->dtype, (candidate - all->held) * all->fresh_key_stride);
 }
 
+/* A vector as doubles. */
+static const double *widened(sa_dtype dtype, const void *vector, int64_t depth, double *out)
+{
+    for (int64_t i = 0; i < depth && dtype == SA_F32; i++) {
+        out[i] = (double)((const float *)vector)[i];
+    }
+    for (int64_t i = 0; i < depth && dtype != SA_F32; i++) {
+        out[i] = number(dtype, vector, i);
+    }
+    return out;
+}
+
+static double product_of(const double *a, const double *b, int64_t depth)
+{
+    double sum[4] = {0.0};
+    for (int64_t i = 0; i < depth / 4 * 4; i += 4) {
+        for (int lane = 0; lane < 4; lane++) {
+            sum[lane] += a[i + lane] * b[i + lane];
+        }
+    }
+    for (int64_t i = depth / 4 * 4; i < depth; i++) {
+        sum[0] += a[i] * b[i];
+    }
+    return sum[0] + sum[1] + (sum[2] + sum[3]);
+}
+
 static double square_of(sa_dtype dtype, const void *vector, int64_t depth)
 {
     double sum = 0.0;
@@ -210,11 +236,16 @@ static void score_snap(const sa_policy *policy, const sa_candidates *all, double
     int64_t judged = 0;
     for (int64_t rank = 0; rank < count && all->positions[all->order[rank]] < all->length - policy->window; rank++, judged++) {
         const float *ring = (const float *)(const void *)(sa_state_of(policy, all, all->order[rank]) + 1);
-        double sum = 0.0;
-        for (int64_t i = 0; i < policy->window; i++) {
-            sum += (double)ring[i];
+        double sum[4] = {0.0}; /* four at a time: an addition waits for the one before */
+        for (int64_t i = 0; i < policy->window / 4 * 4; i += 4) {
+            for (int lane = 0; lane < 4; lane++) {
+                sum[lane] += (double)ring[i + lane];
+            }
         }
-        mean[rank] = sum / (double)policy->window;
+        for (int64_t i = policy->window / 4 * 4; i < policy->window; i++) {
+            sum[0] += (double)ring[i];
+        }
+        mean[rank] = (sum[0] + sum[1] + (sum[2] + sum[3])) / (double)policy->window;
     }
     for (int64_t rank = 0; rank < count; rank++) {
         double pooled = rank < judged ? 0.0 : INFINITY;
@@ -254,26 +285,20 @@ static void score_tova(const sa_candidates *all, double *scores)
 static void score_key_diff(const sa_policy *policy, const sa_candidates *all, double *scores)
 {
     const int64_t count = all->held + all->fresh;
-    double *mean = all->scratch, square = 0.0;
+    double *mean = all->scratch, wide[256];
     memset(mean, 0, (size_t)all->depth * sizeof *mean);
     for (int64_t rank = 0; rank < count; rank++) {
         const int64_t i = all->order[rank];
         const double length = sa_state_of(policy, all, i)->own[0], part = length > 0.0 ? 1.0 / (length * (double)count) : 0.0;
-        const void *key = key_of(all, i);
+        (void)widened(all->dtype, key_of(all, i), all->depth, wide);
         for (int64_t d = 0; d < all->depth; d++) {
-            mean[d] += part * number(all->dtype, key, d);
+            mean[d] += part * wide[d];
         }
     }
-    for (int64_t d = 0; d < all->depth; d++) {
-        square += mean[d] * mean[d];
-    }
+    const double whole = sqrt(product_of(mean, mean, all->depth));
     for (int64_t i = 0; i < count; i++) {
-        const double length = sa_state_of(policy, all, i)->own[0] * sqrt(square);
-        const void *key = key_of(all, i);
-        double product = 0.0;
-        for (int64_t d = 0; d < all->depth; d++) {
-            product += mean[d] * number(all->dtype, key, d);
-        }
+        const double length = sa_state_of(policy, all, i)->own[0] * whole;
+        const double product = product_of(mean, widened(all->dtype, key_of(all, i), all->depth, wide), all->depth);
         scores[i] = length > 0.0 ? -product / length : 0.0;
     }
 }

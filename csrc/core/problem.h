@@ -40,6 +40,7 @@ typedef struct sa_row {
     const void *query, *sink_query; /* head 0, query 0 */
     void *output;
     float *lse;          /* nullable */
+    const float *weights; /* of its queries, placed as lse is: factors of their mass, nullable */
     float *mass;         /* [heads_kv, mass_head_stride] zeroed before the kernel runs, nullable */
     const float *alibi;  /* [heads_q], nullable */
     int64_t query_count; /* real queries */

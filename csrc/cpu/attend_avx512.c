@@ -5,4 +5,4 @@
 #include "kernel_peak.h"
 #include "../core/cpu_features.h"
 
-const sa_cpu_table sa_table_avx512 = {.name = "avx512", .needs = SA_CPU_AVX2 | SA_CPU_AVX512, .attend = attend, .attend_backward = attend_backward, .peak = &peak_loops};
+const sa_cpu_table sa_table_avx512 = {.name = "avx512", .needs = SA_CPU_AVX2 | SA_CPU_AVX512, .attend = attend, .mass = mass_alone, .attend_backward = attend_backward, .peak = &peak_loops};

@@ -6,4 +6,4 @@
 #include "../core/cpu_features.h"
 
 const sa_cpu_table sa_table_neonbf16 = {
-    .name = "neonbf16", .needs = SA_CPU_NEON | SA_CPU_NEON_BF16, .attend = attend, .attend_backward = attend_backward, .peak = &peak_loops};
+    .name = "neonbf16", .needs = SA_CPU_NEON | SA_CPU_NEON_BF16, .attend = attend, .mass = mass_alone, .attend_backward = attend_backward, .peak = &peak_loops};

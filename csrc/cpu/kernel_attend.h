@@ -56,6 +56,8 @@ typedef struct row_plan {
     int64_t piece_blocks;
     float *partial;      /* [heads_kv, pieces, rows, acc_stride + 2] */
     atomic_int *missing; /* [heads_kv] pieces not finished */
+    int64_t blocks;      /* of its keys, over all runs: the most of any kv head */
+    float *kept;         /* [heads_kv, blocks, rows, SCORE_STRIDE + 1] weights of a fused mass and their anchors, NULL: none */
 } row_plan;
 
 typedef struct attend_job {
@@ -212,7 +214,12 @@ static void span_blocks(const span *s, int64_t first, int64_t last, const sa_wor
             if (sa_worker_stopped(worker)) {
                 return;
             }
-            if (s->direct && !removes_any(s, run, begin, need)) {
+            if (s->kept != NULL) {
+                span block = *s;
+                block.scores = s->kept + index * s->rows * SCORE_STRIDE;
+                block_direct(&block, run, begin, need);
+                memcpy(s->anchors + index * s->rows, s->maximum, (size_t)s->rows * sizeof(float));
+            } else if (s->direct && !removes_any(s, run, begin, need)) {
                 block_direct(s, run, begin, need);
             } else {
                 block_packed(s, run, begin, need);
@@ -323,6 +330,77 @@ static void write_padding(const sa_problem *p, const sa_row *row, int64_t kv_hea
     }
 }
 
+/* --- mass of few rows -------------------------------------------------------------------------------------------------------------- */
+
+/* Where keys are read in place for all queries of a row at once, their weights stay where the pass left them, until the sums are known: no
+ * second pass. A bias of -inf goes through panels instead. */
+static bool fuses_mass(const sa_problem *p, const sa_row *row)
+{
+    const int64_t rows = row->query_count * (p->heads_q / p->heads_kv);
+    return row->mass != NULL && rows > 0 && use_direct(p, rows) && p->sink_bias == NULL;
+}
+
+static int64_t kept_floats(const row_plan *plan, int64_t rows)
+{
+    return plan->blocks * rows * (SCORE_STRIDE + 1);
+}
+
+/* Kept weights of query `query` against a block, mean over the group: total[BLOCK_KEYS]. */
+static void mean_of_block(const span *s, int64_t index, int64_t query, const float *factors, float *total)
+{
+    memset(total, 0, BLOCK_KEYS * sizeof *total);
+    for (int64_t h = 0; h < s->group; h++) {
+        const int64_t r = h * s->count + query;
+        const float *weights = s->kept + (index * s->rows + r) * SCORE_STRIDE;
+        const float away = sa_softmax_factor(s->anchors[index * s->rows + r], s->maximum[r]);
+        const vec_f32 factor = vec_set1(factors[r] * away);
+        for (int64_t column = 0; column < BLOCK_KEYS; column += LANES) {
+            vec_store(total + column, vec_fma(vec_load(weights + column), factor, vec_load(total + column)));
+        }
+    }
+}
+
+/* One query's share of the mass of a block's keys. */
+static void reduce_block(const span *s, const sa_run *run, int64_t begin, sa_range need, int64_t query, const float *mean)
+{
+    const sa_problem *p = s->problem;
+    float *mass = s->row->mass + s->kv_head * p->mass_head_stride;
+    mass += p->mass_query_stride > 0 ? (query - s->row->mass_first) * p->mass_query_stride : 0;
+    const bool first = query == s->row->mass_first || p->mass_query_stride > 0;
+    const int64_t skip = run->mass_skip - begin;
+    float *out = mass + run->mass_index - skip;
+    for (int64_t i = max_i64(need.low, skip); i < need.high; i++) {
+        if (first) {
+            out[i] = mean[i];
+        } else if (p->mass_reduce == SA_MASS_SUM) {
+            out[i] += mean[i];
+        } else {
+            out[i] = mean[i] > out[i] || isnan(mean[i]) ? mean[i] : out[i];
+        }
+    }
+}
+
+static void write_fused_mass(const span *s)
+{
+    const sa_problem *p = s->problem;
+    float factors[DIRECT_ROWS], mean[BLOCK_KEYS];
+    for (int64_t r = 0; r < s->rows; r++) {
+        factors[r] = sa_softmax_close(s->maximum[r], s->sum[r], p->sinks[s->row->first_head + s->head[r]]).factor / (float)s->group;
+    }
+    int64_t index = 0;
+    for (int i = 0; i < s->row->run_count; i++) {
+        const sa_run *run = &s->row->runs[i];
+        const sa_range seen = span_visible(s, run);
+        for (int64_t begin = seen.low / BLOCK_KEYS * BLOCK_KEYS; begin < seen.high && seen.low < seen.high; begin += BLOCK_KEYS, index++) {
+            const sa_range need = {max_i64(seen.low - begin, 0), min_i64(seen.high - begin, BLOCK_KEYS)};
+            for (int64_t query = s->row->mass_first; query < s->count && run->mass_index >= 0; query++) {
+                mean_of_block(s, index, query, factors, mean);
+                reduce_block(s, run, begin, need, query, mean);
+            }
+        }
+    }
+}
+
 /* --- split keys ------------------------------------------------------------------------------------------------------------------- */
 
 static float *piece_at(const row_plan *plan, const span *s, int64_t piece)
@@ -375,6 +453,23 @@ static int64_t row_of_task(const attend_job *job, int64_t task)
     return low;
 }
 
+/* The span's part of what its row keeps for the mass. */
+static void find_kept(const row_plan *plan, span *s)
+{
+    if (plan->kept != NULL) {
+        s->kept = plan->kept + s->kv_head * kept_floats(plan, s->rows);
+        s->anchors = s->kept + plan->blocks * s->rows * SCORE_STRIDE;
+    }
+}
+
+static void end_span(const span *s)
+{
+    write_span(s);
+    if (s->kept != NULL) {
+        write_fused_mass(s);
+    }
+}
+
 static void attend_part(const attend_job *job, int64_t task, sa_worker *worker)
 {
     const int64_t index = row_of_task(job, task);
@@ -391,20 +486,21 @@ static void attend_part(const attend_job *job, int64_t task, sa_worker *worker)
     /* The last queries see most: they begin first. */
     const int64_t number = plan->pieces > 1 ? 0 : plan->span_count - 1 - part;
     const int64_t first = number * plan->span_queries, count = min_i64(plan->span_queries, row->query_count - first);
-    const span s = make_span(job, row, kv_head, first, count, use_direct(job->problem, count * (job->problem->heads_q / job->problem->heads_kv)),
+    span s = make_span(job, row, kv_head, first, count, use_direct(job->problem, count * (job->problem->heads_q / job->problem->heads_kv)),
                              worker->scratch);
+    find_kept(plan, &s);
     load_span_queries(&s);
     clear_span(&s);
     if (plan->pieces == 1) {
         span_blocks(&s, 0, INT64_MAX, worker);
-        write_span(&s);
+        end_span(&s);
         return;
     }
     span_blocks(&s, part * plan->piece_blocks, (part + 1) * plan->piece_blocks, worker);
     save_piece(plan, &s, part);
     if (atomic_fetch_sub(&plan->missing[kv_head], 1) == 1) {
         join_pieces(plan, &s);
-        write_span(&s);
+        end_span(&s);
     }
 }
 
@@ -428,6 +524,7 @@ static void cut_row(const attend_job *job, const sa_row *row, row_plan *plan)
         const span s = make_span(job, row, kv_head, 0, row->query_count, false, NULL);
         most = max_i64(most, count_blocks(&s));
     }
+    plan->blocks = most;
     plan->piece_blocks = max_i64(ceil_div(most, SPLIT_PIECES), SPLIT_BLOCKS);
     plan->pieces = max_i64(ceil_div(most, plan->piece_blocks), 1);
 }
@@ -480,6 +577,7 @@ static sa_status plan_job(const sa_problem *p, attend_job *job)
         plan->first_task = job->tasks;
         job->tasks += p->heads_kv * (plan->pieces > 1 ? plan->pieces : plan->span_count);
         partial += plan->pieces > 1 ? p->heads_kv * plan->pieces * rows * (job->acc_stride + 2) : 0;
+        partial += fuses_mass(p, &p->rows[i]) ? p->heads_kv * kept_floats(plan, rows) : 0;
         longest = max_i64(longest, min_i64(plan->span_queries, count));
         sa_path_count_row(use_direct(p, min_i64(plan->span_queries, count) * group) ? SA_PATH_DIRECT : SA_PATH_PACKED);
     }
@@ -500,7 +598,13 @@ static sa_status plan_job(const sa_problem *p, attend_job *job)
         for (int64_t kv_head = 0; kv_head < p->heads_kv; kv_head++) {
             atomic_init(&plan->missing[kv_head], (int)plan->pieces);
         }
-        next += plan->pieces > 1 ? p->heads_kv * plan->pieces * p->rows[i].query_count * group * (job->acc_stride + 2) : 0;
+        const int64_t rows = p->rows[i].query_count * group;
+        next += plan->pieces > 1 ? p->heads_kv * plan->pieces * rows * (job->acc_stride + 2) : 0;
+        if (fuses_mass(p, &p->rows[i])) {
+            plan->kept = next;
+            next += p->heads_kv * kept_floats(plan, rows);
+            sa_path_count_row(SA_PATH_MASS);
+        }
     }
     return SA_OK;
 }

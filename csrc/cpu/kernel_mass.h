@@ -45,13 +45,14 @@ static void add_row_mass(const mass_tile *m, int64_t r, int64_t begin, float *sc
 {
     const span *s = &m->s;
     const int64_t query = query_of(s, r) - s->first;
-    const float lse = s->row->lse[s->head[r] * s->problem->lse_head_stride + s->first + query];
+    const int64_t place = s->head[r] * s->problem->lse_head_stride + s->first + query;
+    const float lse = s->row->lse[place], times = s->row->weights != NULL ? s->row->weights[place] : 1.0f;
     if (!(fabsf(lse) < INFINITY) && !isnan(lse)) {
         return; /* sees nothing, or an infinite sink takes all */
     }
     const row_terms terms = terms_of(s, m->run, r, begin);
     (void)finish_scores(scores, &terms, row_columns(s, m->run, r, begin), 0, BLOCK_KEYS);
-    const vec_f32 anchor = vec_set1((float)((double)lse * SA_LOG2E)), share = vec_set1(1.0f / (float)s->group);
+    const vec_f32 anchor = vec_set1((float)((double)lse * SA_LOG2E)), share = vec_set1(times / (float)s->group);
     for (int64_t column = 0; column < BLOCK_KEYS; column += LANES) {
         float *mean = m->mean + query * BLOCK_KEYS + column;
         vec_store(mean, vec_fma(vec_exp2(vec_sub(vec_load(scores + column), anchor)), share, vec_load(mean)));
@@ -172,7 +173,8 @@ static void mass_task(void *context, int64_t task, sa_worker *worker)
     end_task();
 }
 
-static sa_status mass_pass(const sa_problem *p, sa_poll poll)
+/* unfused: of those rows alone whose mass the forward pass did not give. */
+static sa_status mass_pass(const sa_problem *p, bool unfused, sa_poll poll)
 {
     const int64_t group = p->heads_q / p->heads_kv;
     mass_job job = {.attend = {.problem = p}};
@@ -189,10 +191,10 @@ static sa_status mass_pass(const sa_problem *p, sa_poll poll)
     for (int64_t i = 0; i < entries; i++) {
         const sa_row *row = &p->rows[i / SA_MAX_RUNS];
         const sa_run *run = &row->runs[i % SA_MAX_RUNS];
-        const bool counts = i % SA_MAX_RUNS < row->run_count && row->query_count > 0 && run->mass_index >= 0;
+        const bool counts = i % SA_MAX_RUNS < row->run_count && row->query_count > 0 && run->mass_index >= 0 && !(unfused && fuses_mass(p, row));
         job.first_task[i] = tasks;
         tasks += counts ? p->heads_kv * ceil_div(run->count, MASS_BLOCKS * BLOCK_KEYS) : 0;
-        if (i % SA_MAX_RUNS == 0) {
+        if (i % SA_MAX_RUNS == 0 && !(unfused && fuses_mass(p, row))) {
             sa_path_count_row(SA_PATH_MASS);
         }
     }
@@ -203,10 +205,19 @@ static sa_status mass_pass(const sa_problem *p, sa_poll poll)
     return status;
 }
 
+static sa_status mass_alone(const sa_problem *problem, sa_poll poll)
+{
+    return mass_pass(problem, false, poll);
+}
+
 /* Every row of a call has a mass array or none has. The pass needs lse: a call that did not ask for it gets a temporary one. */
 static sa_status attend(const sa_problem *problem, sa_poll poll)
 {
-    if (problem->row_count == 0 || problem->rows[0].mass == NULL) {
+    bool second_pass = false;
+    for (int64_t i = 0; i < problem->row_count; i++) {
+        second_pass = second_pass || (problem->rows[i].mass != NULL && !fuses_mass(problem, &problem->rows[i]));
+    }
+    if (!second_pass) {
         return attend_forward(problem, poll);
     }
     sa_problem with_lse = *problem;
@@ -235,7 +246,7 @@ static sa_status attend(const sa_problem *problem, sa_poll poll)
         }
     }
     status = status != SA_OK ? status : attend_forward(&with_lse, poll);
-    status = status != SA_OK ? status : mass_pass(&with_lse, poll);
+    status = status != SA_OK ? status : mass_pass(&with_lse, true, poll);
     free(rows);
     free(lse);
     return status;

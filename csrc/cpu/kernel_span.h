@@ -25,6 +25,8 @@ typedef struct span {
     float *keys, *values;        /* panels of one block */
     float *scores;               /* [CHUNK_ROWS, SCORE_STRIDE] */
     float *weights;              /* bf16 pairs [CHUNK_ROWS, SCORE_STRIDE / 2] */
+    float *kept;                 /* direct, with mass: scores of every block of the span [blocks, rows, SCORE_STRIDE], NULL: none */
+    float *anchors;              /* [blocks, rows] maxima that they were taken from */
 } span;
 
 /* Register tiles work on whole tiles of rows. */

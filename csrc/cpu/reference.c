@@ -110,13 +110,15 @@ static double attend_query(const sa_query_at *at)
 static void add_mass(const sa_query_at *at, double lse, double *mean)
 {
     const sa_problem *p = at->problem;
+    const float *weights = at->row->weights;
+    const double times = weights != NULL ? (double)weights[at->head * p->lse_head_stride + at->index] : 1.0;
     for (int r = 0; r < at->row->run_count; r++) {
         const sa_run *run = &at->row->runs[r];
         const sa_range seen = sa_visible(run, p->causal, p->windows[at->head], at->position);
         for (int64_t key = seen.low; key < seen.high && !interrupted(at, key); key++) {
             const int64_t slot = sa_mass_slot(run, key);
             if (slot >= 0 && lse > -(double)INFINITY && lse < (double)INFINITY) {
-                mean[slot] += exp(sa_reference_score(at, run, key) - lse) * (double)p->heads_kv / (double)p->heads_q;
+                mean[slot] += times * exp(sa_reference_score(at, run, key) - lse) * (double)p->heads_kv / (double)p->heads_q;
             }
         }
     }
@@ -134,16 +136,17 @@ static void pad_query(const sa_query_at *at)
     }
 }
 
-/* All queries of one kv head of one row: the mass of its keys has one writer. scratch: [2, mass_head_stride] doubles. */
-static void attend_kv_head(void *context, int64_t task, sa_worker *worker)
+/* All queries of one kv head of one row: the mass of its keys has one writer. scratch: [2, mass_head_stride] doubles. With a known lse
+ * there is nothing but the mass to find. */
+static void run_kv_head(const sa_problem *p, bool known, int64_t task, sa_worker *worker)
 {
-    const sa_problem *p = context;
     const sa_row *row = &p->rows[task / p->heads_kv];
     const int64_t kv_head = task % p->heads_kv, group = p->heads_q / p->heads_kv;
     const int64_t slots = row->mass != NULL ? p->mass_head_stride : 0;
     double *mean = worker->scratch, *mass = mean + slots;
     memset(mass, 0, (size_t)slots * sizeof *mass);
-    for (int64_t i = 0; i < row->query_total && !sa_worker_stopped(worker); i++) {
+    const int64_t first = known ? row->mass_first : 0, last = known ? row->query_count : row->query_total;
+    for (int64_t i = first; i < last && !sa_worker_stopped(worker); i++) {
         memset(mean, 0, (size_t)slots * sizeof *mean);
         for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
             const sa_query_at at = {p, row, worker, head, i, row->position + i};
@@ -151,8 +154,8 @@ static void attend_kv_head(void *context, int64_t task, sa_worker *worker)
                 pad_query(&at);
                 continue;
             }
-            const double lse = attend_query(&at);
-            if (row->lse != NULL) {
+            const double lse = known ? (double)row->lse[head * p->lse_head_stride + i] : attend_query(&at);
+            if (row->lse != NULL && !known) {
                 row->lse[head * p->lse_head_stride + i] = (float)lse;
             }
             if (row->mass != NULL && i >= row->mass_first) {
@@ -177,15 +180,35 @@ static void attend_kv_head(void *context, int64_t task, sa_worker *worker)
     }
 }
 
-static sa_status attend(const sa_problem *problem, sa_poll poll)
+static void attend_kv_head(void *context, int64_t task, sa_worker *worker)
+{
+    run_kv_head(context, false, task, worker);
+}
+
+static void mass_kv_head(void *context, int64_t task, sa_worker *worker)
+{
+    run_kv_head(context, true, task, worker);
+}
+
+static sa_status run(const sa_problem *problem, sa_task task, sa_poll poll)
 {
     int64_t slots = 0;
     for (int64_t i = 0; i < problem->row_count; i++) {
         sa_path_count_row(SA_PATH_REFERENCE);
         slots = problem->rows[i].mass != NULL ? problem->mass_head_stride : slots;
     }
-    return sa_pool_run(problem->row_count * problem->heads_kv, 1e9, 2 * slots * (int64_t)sizeof(double), attend_kv_head,
+    return sa_pool_run(problem->row_count * problem->heads_kv, 1e9, 2 * slots * (int64_t)sizeof(double), task,
                        (void *)(uintptr_t)problem, poll);
 }
 
-const sa_cpu_table sa_table_reference = {.name = "reference", .needs = 0, .attend = attend, .attend_backward = sa_reference_backward};
+static sa_status attend(const sa_problem *problem, sa_poll poll)
+{
+    return run(problem, attend_kv_head, poll);
+}
+
+static sa_status mass_alone(const sa_problem *problem, sa_poll poll)
+{
+    return run(problem, mass_kv_head, poll);
+}
+
+const sa_cpu_table sa_table_reference = {.name = "reference", .needs = 0, .attend = attend, .mass = mass_alone, .attend_backward = sa_reference_backward};

@@ -17,6 +17,7 @@ typedef struct sa_cpu_table {
     const char *name;
     unsigned needs; /* sa_cpu_feature bits */
     sa_status (*attend)(const sa_problem *problem, sa_poll poll);
+    sa_status (*mass)(const sa_problem *problem, sa_poll poll); /* the mass alone: lse is given */
     sa_status (*attend_backward)(const sa_backward *backward, sa_poll poll);
     const sa_peak_loops *peak; /* nullable */
 } sa_cpu_table;

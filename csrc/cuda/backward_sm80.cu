@@ -10,7 +10,8 @@
  * Slices come by cp.async one ahead. For depths above 128 a CTA of backward_keys computes dk or dv, as registers hold one of them.
  * Learned keys meet every query of every row, pinned keys every query of theirs: one CTA each, which begin first.
  *
- * Not timed yet. */
+ * Not timed yet. By count, shared memory is the limit: at depth 128 backward_keys reads 80 matrices of 512 bytes for 128 mma.sync, as a warp
+ * holds 16 keys, and backward_queries 80 for 192. Only problems with a cap, a bias or ALiBi spill registers. */
 #include "backward.cuh"
 #include "multiply.cuh"
 
@@ -59,14 +60,35 @@ __device__ __forceinline__ rows_at rows_in(const sa_cuda_tensor &tensor, int64_t
     return {element(tensor, batch, head, token, 2), tensor.token * 2};
 }
 
-/* Copies `count` rows and clears the others: their weights are 0, which no NaN may meet. */
+template <int depth> __device__ __noinline__ void load_elements(const rows_at from, int count, int rows, int width, char *target)
+{
+    for (int i = threadIdx.x; i < rows * depth; i += blockDim.x) {
+        const int row = i / depth, d = i % depth;
+        if (row >= count || d < width) {
+            *(uint16_t *)(target + piece_at<depth>(row, d / 8) + d % 8 * 2) =
+                row < count ? ((const uint16_t *)(from.first + row * from.stride))[d] : (uint16_t)0;
+        }
+    }
+}
+
+/* Copies `count` rows and clears the others: their weights are 0, which no NaN may meet. A thread has a column of pieces. */
 template <int depth, int rows>
 __device__ __forceinline__ void load_all(const sa_cuda_backward &b, const rows_at &from, int count, int64_t width, char *target)
 {
-    load_tile<depth>(b.aligned, from.first, from.stride, count, (int)width, target, policy_evict_normal());
-    if (count < rows) {
-        for (int i = count * (depth / 8) + threadIdx.x; i < rows * (depth / 8); i += blockDim.x) {
-            *(uint4 *)(target + piece_at<depth>(i / (depth / 8), i % (depth / 8))) = make_uint4(0, 0, 0, 0);
+    constexpr int pieces = depth / 8, step = 32 * SA_BACKWARD_WARPS / pieces;
+    if (!b.aligned) {
+        load_elements<depth>(from, count, rows, (int)width, target);
+        return;
+    }
+    const int piece = threadIdx.x % pieces, first = threadIdx.x / pieces;
+    const uint64_t policy = policy_evict_normal();
+    const char *source = from.first + first * from.stride + piece * 16;
+#pragma unroll
+    for (int row = first, i = 0; i < rows / step; i++, row += step, source += step * from.stride) {
+        if (row >= count) {
+            *(uint4 *)(target + piece_at<depth>(row, piece)) = make_uint4(0, 0, 0, 0);
+        } else if (piece * 8 < width) {
+            copy_async_16(shared_address(target) + piece_at<depth>(row, piece), source, policy);
         }
     }
 }
@@ -390,8 +412,7 @@ template <typename S> __device__ __forceinline__ void backward_keys(const sa_cud
     }
     copy_async_wait<0>();
     const bool learned = t.keys.kind == run_learned;
-    const int64_t first = learned ? t.kv_head * p.learned + t.first
-                                  : ((t.at.batch * p.heads_kv + t.kv_head) * p.kv_length + t.at.key_begin + t.keys.position + t.first);
+    const int64_t first = key_row_of(p, t);
     if constexpr (S::left) {
         store_sums<S>(learned ? b.sink_key_gradient : b.key_gradient, first, p.depth, t.count, t.count, p.scale, total.left);
     }

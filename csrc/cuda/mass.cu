@@ -122,6 +122,12 @@ __device__ void load_wide_rows(const sa_cuda_problem &p, const char *source, int
     }
 }
 
+__device__ __forceinline__ float row_number(const sa_cuda_rows &rows, int64_t batch, int64_t head, int64_t token)
+{
+    const int64_t at = batch * rows.batch + head * rows.head + token * rows.token;
+    return rows.type == SA_NUMBER_F32 ? ((const float *)rows.data)[at] : (float)number_of(rows.data, rows.type, at);
+}
+
 /* The weight that one query of one head gives to the thread's key, 0 where it does not see it. */
 __device__ float mass_weight(const sa_cuda_problem &p, const mass_shared &s, int64_t query, int64_t head, int64_t key, const float *q,
                              const float *k)
@@ -130,7 +136,7 @@ __device__ float mass_weight(const sa_cuda_problem &p, const mass_shared &s, int
     const int64_t position = s.at.position + query, window = window_of(p, head);
     const range seen = visible(r, p.causal, window, window, position, position);
     const int64_t token = s.at.query_begin + query;
-    const float lse = p.row_lse.data != nullptr ? *(const float *)element(p.row_lse, s.at.batch, head, token, 4)
+    const float lse = p.row_lse.data != nullptr ? row_number(p.row_lse, s.at.batch, head, token)
                                                 : lse_of(p)[(s.at.batch * p.heads_q + head) * p.query_length + token];
     if (key < seen.low || key >= seen.high || fabsf(lse) == infinity) {
         return 0.0f;
@@ -152,7 +158,7 @@ __device__ float mass_weight(const sa_cuda_problem &p, const mass_shared &s, int
         return 0.0f;
     }
     const float weight = exp2f(score - lse * log2e);
-    return p.row_weights.data != nullptr ? weight * *(const float *)element(p.row_weights, s.at.batch, head, token, 4) : weight;
+    return p.row_weights.data != nullptr ? weight * row_number(p.row_weights, s.at.batch, head, token) : weight;
 }
 
 __device__ __forceinline__ double join_mass(const sa_cuda_problem &p, double total, double weight)

@@ -15,28 +15,6 @@ template <int depth> __device__ __forceinline__ uint32_t piece_at(int row, int p
     return row * (depth * 2) + ((piece ^ (row & 7)) * 16);
 }
 
-/* Rows of 16-bit elements into swizzled shared rows, `aligned`: in 16-byte pieces, asynchronously. Columns from width on are left. All
- * threads. */
-template <int depth>
-__device__ __forceinline__ void load_tile(bool aligned, const char *source, int64_t stride, int rows, int width, char *target,
-                                          uint64_t policy)
-{
-    constexpr int pieces = depth / 8;
-    if (aligned) {
-        for (int i = threadIdx.x; i < rows * pieces; i += blockDim.x) {
-            const int row = i / pieces, piece = i % pieces;
-            if (piece * 8 < width) {
-                copy_async_16(shared_address(target) + piece_at<depth>(row, piece), source + row * stride + piece * 16, policy);
-            }
-        }
-        return;
-    }
-    for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
-        const int row = i / width, d = i % width;
-        *(uint16_t *)(target + piece_at<depth>(row, d / 8) + d % 8 * 2) = ((const uint16_t *)(source + row * stride))[d];
-    }
-}
-
 template <int depth> struct warp_state {
     float maximum[2], sum[2], values[depth / 8][4];
 };

@@ -44,6 +44,14 @@ typedef struct sa_cuda_numbers {
     int32_t given;     /* 0 switches the feature off */
 } sa_cuda_numbers;
 
+/* A number for every query row. */
+typedef struct sa_cuda_rows {
+    const void *data;             /* NULL: not given */
+    int64_t batch, head, token;   /* strides in elements */
+    int32_t type;                 /* SA_NUMBER_* */
+    int32_t padding;
+} sa_cuda_rows;
+
 /* Pinned slots and a ring, as csrc/core/ring.h has them. keys NULL: the call has no cache. */
 typedef struct sa_cuda_cache {
     void *keys;             /* [batch, heads_kv, slots, depth] dense, 16-byte aligned */
@@ -77,8 +85,8 @@ typedef struct sa_cuda_problem {
     sa_cuda_numbers cumulative_query; /* [sequences + 1, -] */
     sa_cuda_numbers cumulative_key;   /* [sequences + 1, -] */
     sa_cuda_cache cache;
-    sa_cuda_tensor row_lse;     /* fp32 [batch, heads_q, query_length], where mass alone is wanted; data NULL: lse */
-    sa_cuda_tensor row_weights; /* fp32, the same axes: what the mass of a row is multiplied with; data NULL: 1 */
+    sa_cuda_rows row_lse;     /* [batch, heads_q, query_length], natural log, where mass alone is wanted; data NULL: lse */
+    sa_cuda_rows row_weights; /* the same axes: what the mass of a row is multiplied with; data NULL: 1 */
     float *lse;  /* [batch, heads_q, query_length] dense, nullable */
     float *mass; /* [batch, heads_kv, mass_length] dense, zeroed by the host on the stream before the plan runs, nullable */
     int64_t batch, heads_q, heads_kv, query_length, kv_length, depth, depth_v;
@@ -158,11 +166,12 @@ enum {
 #endif
 SA_CUDA_ASSERT(sizeof(sa_cuda_tensor) == 32, "layout of sa_cuda_tensor");
 SA_CUDA_ASSERT(sizeof(sa_cuda_numbers) == 40, "layout of sa_cuda_numbers");
+SA_CUDA_ASSERT(sizeof(sa_cuda_rows) == 40, "layout of sa_cuda_rows");
 SA_CUDA_ASSERT(sizeof(sa_cuda_cache) == 88, "layout of sa_cuda_cache");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, sink_logits) == 224, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, cache) == 584, "layout of sa_cuda_problem");
-SA_CUDA_ASSERT(offsetof(sa_cuda_problem, batch) == 752, "layout of sa_cuda_problem");
-SA_CUDA_ASSERT(offsetof(sa_cuda_problem, scratch) == 880, "layout of sa_cuda_problem");
-SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 1040, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(offsetof(sa_cuda_problem, batch) == 768, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(offsetof(sa_cuda_problem, scratch) == 896, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 1056, "layout of sa_cuda_problem");
 
 #endif

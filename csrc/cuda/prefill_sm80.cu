@@ -19,6 +19,27 @@ namespace sa
 constexpr int prefill_rows = SA_PREFILL_ROWS;
 static_assert(sizeof(tile<prefill_rows>) <= SA_ROWS_SHARED, "room for what is known of the rows");
 
+/* Rows of 16-bit elements into swizzled shared rows, zero beyond width. All threads. */
+template <int depth>
+__device__ __forceinline__ void load_tile(const sa_cuda_problem &p, const char *source, int64_t stride, int rows, int width, char *target,
+                                          uint64_t policy)
+{
+    constexpr int pieces = depth / 8;
+    if (p.aligned) {
+        for (int i = threadIdx.x; i < rows * pieces; i += blockDim.x) {
+            const int row = i / pieces, piece = i % pieces;
+            if (piece * 8 < width) {
+                copy_async_16(shared_address(target) + piece_at<depth>(row, piece), source + row * stride + piece * 16, policy);
+            }
+        }
+        return;
+    }
+    for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
+        const int row = i / width, d = i % width;
+        *(uint16_t *)(target + piece_at<depth>(row, d / 8) + d % 8 * 2) = ((const uint16_t *)(source + row * stride))[d];
+    }
+}
+
 template <int depth>
 __device__ void load_query_tile(const sa_cuda_problem &p, const tile<prefill_rows> &t, const sa_cuda_tensor &source, char *target)
 {
@@ -64,8 +85,8 @@ __device__ __forceinline__ void load_stage(const sa_cuda_problem &p, const tile<
     constexpr int keys = SA_PREFILL_KEYS(depth), pieces = depth / 8;
     const run &r = t.list.runs[at.run];
     char *values = stage + keys * depth * 2;
-    load_tile<depth>(p.aligned, r.key + at.first * r.key_stride, r.key_stride, at.count, (int)p.depth, stage, policy);
-    load_tile<depth>(p.aligned, r.value + at.first * r.value_stride, r.value_stride, at.count, (int)p.depth_v, values, policy);
+    load_tile<depth>(p, r.key + at.first * r.key_stride, r.key_stride, at.count, (int)p.depth, stage, policy);
+    load_tile<depth>(p, r.value + at.first * r.value_stride, r.value_stride, at.count, (int)p.depth_v, values, policy);
     for (int i = at.count * pieces + threadIdx.x; i < keys * pieces;
          i += blockDim.x) { /* behind the end: weights 0, so values must be finite */
         *(uint4 *)(values + piece_at<depth>(i / pieces, i % pieces)) = make_uint4(0, 0, 0, 0);

@@ -49,14 +49,15 @@ static sa_cuda_numbers array_of(const sa_device_numbers *device, const int64_t *
     return numbers;
 }
 
-static void stage_later(sa_cuda_work *work, sa_cuda_numbers *numbers, const void *source, const int64_t *shape, int rank, int64_t size)
+/* `address` is where the kernels look for it. */
+static void stage_later(sa_cuda_work *work, const void **address, const void *source, const int64_t *shape, int rank, int64_t size)
 {
     int64_t bytes = size;
     for (int i = 0; i < rank; i++) {
         bytes *= shape[i];
     }
-    numbers->data = source; /* until its copy has an address: no number for all */
-    work->staged[work->staged_count++] = (sa_staged){.numbers = numbers, .source = source, .bytes = bytes};
+    *address = source; /* until its copy has an address: no number for all */
+    work->staged[work->staged_count++] = (sa_staged){.address = address, .source = source, .bytes = bytes};
 }
 
 static void take_floats(sa_cuda_work *work, const sa_floats *from, int axis, sa_cuda_numbers *to)
@@ -69,7 +70,7 @@ static void take_floats(sa_cuda_work *work, const sa_floats *from, int axis, sa_
         to->value = (double)from->data[0];
     } else if (from->device.data == NULL) {
         to->type = SA_NUMBER_F32;
-        stage_later(work, to, from->data, from->shape, from->rank, sizeof(float));
+        stage_later(work, &to->data, from->data, from->shape, from->rank, sizeof(float));
     }
 }
 
@@ -83,7 +84,7 @@ static void take_ints(sa_cuda_work *work, const sa_ints *from, sa_cuda_numbers *
         to->value = (double)clamp_i64(from->data[0], -WIDEST, WIDEST);
     } else if (from->device.data == NULL) {
         to->type = SA_NUMBER_I64;
-        stage_later(work, to, from->data, from->shape, from->rank, sizeof(int64_t));
+        stage_later(work, &to->data, from->data, from->shape, from->rank, sizeof(int64_t));
     }
 }
 
@@ -235,19 +236,28 @@ sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cac
 
 /* --- mass alone -------------------------------------------------------------------------------------------------------------------- */
 
-static sa_cuda_tensor rows_of(const sa_tensor *from)
+static void take_rows(sa_cuda_work *work, const sa_floats *from, sa_cuda_rows *to)
 {
-    return from->rank == 0 ? (sa_cuda_tensor){0} : (sa_cuda_tensor){from->data, from->stride[0], from->stride[1], from->stride[2]};
+    if (from->data == NULL) {
+        return;
+    }
+    const int64_t dense[3] = {from->shape[1] * from->shape[2], from->shape[2], 1};
+    const bool on_device = from->device.data != NULL;
+    const int64_t *stride = on_device ? from->device.stride : dense;
+    *to = (sa_cuda_rows){from->device.data, stride[0], stride[1], stride[2], on_device ? from->device.type : SA_NUMBER_F32, 0};
+    if (!on_device) {
+        stage_later(work, &to->data, from->data, from->shape, from->rank, sizeof(float));
+    }
 }
 
-static sa_status plan_mass(const sa_attend_params *params, const sa_tensor *lse, const sa_tensor *row_weights, sa_cuda_work *work)
+static sa_status plan_mass(const sa_attend_params *params, const sa_floats *lse, const sa_floats *row_weights, sa_cuda_work *work)
 {
     describe(params, NULL, &work->problem);
-    work->problem.row_lse = rows_of(lse);
-    work->problem.row_weights = rows_of(row_weights);
     work->staged_count = work->cleared_count = 0;
     work->counters = NULL;
     take_arrays(params, work);
+    take_rows(work, lse, &work->problem.row_lse);
+    take_rows(work, row_weights, &work->problem.row_weights);
     if (sa_cuda_choose_mass(&work->problem, &work->plan) != 0) {
         return too_large(work);
     }
@@ -256,7 +266,7 @@ static sa_status plan_mass(const sa_attend_params *params, const sa_tensor *lse,
     return SA_OK;
 }
 
-sa_status sa_cuda_begin_mass(const sa_attend_params *params, const sa_tensor *lse, const sa_tensor *row_weights, sa_cuda_work *work)
+sa_status sa_cuda_begin_mass(const sa_attend_params *params, const sa_floats *lse, const sa_floats *row_weights, sa_cuda_work *work)
 {
     work->function = params->function;
     SA_TRY(sa_device_enter(params->function, params->device, &work->scope));
@@ -268,6 +278,11 @@ sa_status sa_cuda_begin_mass(const sa_attend_params *params, const sa_tensor *ls
 }
 
 /* --- gradients --------------------------------------------------------------------------------------------------------------------- */
+
+static sa_cuda_tensor rows_of(const sa_tensor *from)
+{
+    return from->rank == 0 ? (sa_cuda_tensor){0} : (sa_cuda_tensor){from->data, from->stride[0], from->stride[1], from->stride[2]};
+}
 
 static void describe_backward(const sa_attend_backward_params *params, sa_cuda_backward *b)
 {
@@ -351,7 +366,7 @@ sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream)
     }
     for (int i = 0; i < work->staged_count; i++) {
         const sa_staged *staged = &work->staged[i];
-        staged->numbers->data = (char *)memory + staged->offset;
+        *staged->address = (char *)memory + staged->offset;
         SA_TRY(sa_device_stage(function, &work->scope, (char *)memory + staged->offset, staged->source, staged->bytes, stream));
     }
     for (int i = 0; i < work->cleared_count; i++) {

@@ -109,7 +109,7 @@ extern PyType_Spec sa_buffer_spec, sa_cache_spec, sa_cuda_cache_spec, sa_kv_spec
  * borrowed from `buffer`, to be released after use. */
 int sa_parse_cache_config(PyObject *arguments, sa_cache_config *config, Py_buffer *buffer, int *device, PyObject **allocate);
 
-extern PyMethodDef sa_attend_methods[], sa_backward_methods[], sa_merge_methods[], sa_info_methods[];
+extern PyMethodDef sa_attend_methods[], sa_mass_methods[], sa_backward_methods[], sa_merge_methods[], sa_info_methods[];
 #ifdef SA_CANARY
 extern PyMethodDef sa_canary_methods[];
 #endif

@@ -36,7 +36,7 @@ static int execute(PyObject *module)
     return add_type(module, &sa_cache_spec, &state->cache_type) < 0 ||
                    add_type(module, &sa_cuda_cache_spec, &state->cuda_cache_type) < 0 || add_type(module, &sa_kv_spec, &state->kv_type) < 0 || add_type(module, &sa_buffer_spec, &state->buffer_type) < 0 ||
                    PyModule_AddFunctions(module, sa_attend_methods) < 0 || PyModule_AddFunctions(module, sa_merge_methods) < 0 ||
-                   PyModule_AddFunctions(module, sa_backward_methods) < 0 || PyModule_AddFunctions(module, sa_info_methods) < 0
+                   PyModule_AddFunctions(module, sa_backward_methods) < 0 || PyModule_AddFunctions(module, sa_mass_methods) < 0 || PyModule_AddFunctions(module, sa_info_methods) < 0
                ? -1
                : 0;
 }

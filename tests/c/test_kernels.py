@@ -278,5 +278,9 @@ def test_mass_alone(library, seed, dtype):
     keywords = {"reduce": reduce, "queries": queries, "on_device": seed > 1, **arguments}
     got = emulated.mass(library, q, k, odd, **keywords)
     assert_close(got, expected, 1e-5 if dtype == "float32" else 1e-3)
-    halves = np.broadcast_to(np.float32(0.5), lse.shape)
+    halves = np.broadcast_to(np.float64(0.5), lse.shape)
     np.testing.assert_array_equal(emulated.mass(library, q, k, odd, row_weights=halves, **keywords), got / 2)
+    if reduce == "sum":
+        some = (random.random(lse.shape) < 0.5).astype(np.float32)
+        parts = [emulated.mass(library, q, k, odd, row_weights=x, **keywords) for x in (some, 1 - some)]
+        assert_close(sum(parts), expected, 1e-5 if dtype == "float32" else 1e-3)

@@ -237,6 +237,21 @@ static CUresult fake_cuStreamGetId(CUstream stream, unsigned long long *id)
 #define fake_cuEventDestroy nothing
 #define fake_cuThreadExchangeStreamCaptureMode nothing
 
+/* Every entry is counted on its way to the function that serves it. */
+enum {
+#define INDEX(name, arguments) INDEX_##name,
+    SA_DRIVER_ENTRIES(INDEX)
+};
+static long long counts[64];
+#define COUNTED(name, arguments)                                                    \
+    static void counted_##name(void)                                                \
+    {                                                                               \
+        void *given = __builtin_apply_args();                                       \
+        counts[INDEX_##name]++;                                                     \
+        __builtin_return(__builtin_apply((void (*)())fake_##name, given, 64));      \
+    }
+SA_DRIVER_ENTRIES(COUNTED)
+
 __attribute__((visibility("default"))) CUresult cuDriverGetVersion(int *version)
 {
     *version = wrong("old") ? 11080 : 13000;
@@ -251,7 +266,7 @@ __attribute__((visibility("default"))) CUresult cuGetProcAddress_v2(const char *
         const char *name;
         void *function;
     } entries[] = {
-#define ENTRY(name, arguments) {#name, (void *)fake_##name},
+#define ENTRY(name, arguments) {#name, (void *)counted_##name},
         SA_DRIVER_ENTRIES(ENTRY)
     };
     for (size_t i = 0; i < sizeof entries / sizeof entries[0]; i++) {
@@ -266,6 +281,19 @@ __attribute__((visibility("default"))) CUresult cuGetProcAddress_v2(const char *
         return CUDA_SUCCESS;
     }
     return CUDA_ERROR_NOT_FOUND;
+}
+
+/* How often an entry was called since it was last asked for. */
+__attribute__((visibility("default"))) long long fake_calls(const char *symbol)
+{
+#define TAKE(name, arguments)                       \
+    if (strcmp(symbol, #name) == 0) {               \
+        const long long count = counts[INDEX_##name]; \
+        counts[INDEX_##name] = 0;                   \
+        return count;                               \
+    }
+    SA_DRIVER_ENTRIES(TAKE)
+    return -1;
 }
 
 __attribute__((visibility("default"))) long long fake_launches(void)

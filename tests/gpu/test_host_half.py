@@ -111,6 +111,28 @@ assert attend(D, D, D, out=into) is into
 
 
 @BUILT
+def test_a_decode_step_asks_the_driver_for_little(fake):
+    """Which context is current, and one launch: each more costs a direct call. Pushed and popped as
+    nobody made one current; asked for addresses and waited for as the library tells no stream."""
+    run("""
+fake = ctypes.CDLL("libcuda.so.1")
+names = ["cuCtxGetCurrent", "cuCtxPushCurrent", "cuCtxPopCurrent", "cuCtxGetDevice", "cuLaunchKernelEx",
+         "cuMemAlloc", "cuMemFree", "cuMemsetD8Async", "cuStreamIsCapturing", "cuStreamGetId", "cuKernelGetAttribute",
+         "cuPointerGetAttribute", "cuStreamSynchronize", "cuEventCreate", "cuThreadExchangeStreamCaptureMode"]
+take = lambda: {name: count for name in names if (count := fake.fake_calls(name.encode()))}
+device = lambda *shape: Device(np.ones(shape, np.float16))
+q, k, v, out = (device(1, n, m, 128) for n, m in ((32, 1), (8, 4096), (8, 4096), (32, 1)))
+cache, new = SinkCache(1, 8, 128, device="cuda", dtype="float16"), device(1, 8, 1, 128)
+for call in lambda: attend(q, k, v, out=out), lambda: cache.attend(q, new, new, out=out):
+    call()
+    take()
+    call()
+    assert take() == {"cuCtxGetCurrent": 1, "cuCtxPushCurrent": 1, "cuCtxPopCurrent": 1, "cuLaunchKernelEx": 1,
+                      "cuPointerGetAttribute": 4, "cuStreamSynchronize": 1}
+""", fake)
+
+
+@BUILT
 def test_merge_launches_once_and_tables_of_many_parts_go_first(fake):
     """More parts than a call holds references for are kept all the same."""
     run("""

@@ -38,7 +38,7 @@ def test_code_in_documents_runs(document):
             exec(compile(block, document, "exec"), names)
 
 
-@pytest.mark.parametrize("name", ["functional", "cache", "rope"])
+@pytest.mark.parametrize("name", ["functional", "cache", "kv_cache", "rope"])
 def test_docstring_examples(name):
     module = __import__(f"sinkattn.{name}", fromlist=["x"])
     assert doctest.testmod(module).failed == 0
@@ -89,6 +89,6 @@ def test_a_table_can_be_asked_for_by_the_environment():
 
 
 def test_public_names():
-    assert set(sinkattn.__all__) == {"attend", "attend_backward", "merge", "SinkCache", "KVCache", "Ledger", "Rope", "policy",
+    assert set(sinkattn.__all__) == {"attend", "attend_backward", "mass", "merge", "SinkCache", "KVCache", "Ledger", "Rope", "policy",
                                      "pyramid", "set_num_threads",
                                      "get_num_threads", "show_config", "__version__"}

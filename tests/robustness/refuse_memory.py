@@ -14,7 +14,7 @@ import traceback
 
 import numpy as np
 
-from sinkattn import KVCache, Rope, SinkCache, _core, attend, attend_backward, merge
+from sinkattn import KVCache, Rope, SinkCache, _core, attend, attend_backward, mass, merge
 from sinkattn.config import cpu_tables, set_num_threads, use_cpu_table
 from sinkattn.policy import Custom
 
@@ -67,6 +67,8 @@ def scenarios():
     nothing = lambda: None  # noqa: E731
     yield "prefill", lambda: attend(q, k, k), nothing
     yield "mass", lambda: attend(q, k, k, window=20, sinks=2, return_mass=True), nothing
+    yield "mass alone", lambda: mass(q, k, q[..., 0], window=20, row_weights=q[..., 1]), nothing
+    yield "decode with mass", lambda: attend(one, long, long, return_mass=True), nothing
     yield "decode", lambda: attend(one, long, long), nothing
     yield "dlpack", lambda: attend(foreign, foreign, foreign), nothing
     yield "sinks", lambda: attend(small, small, small, window=[1, 0], sinks=2, sink_logits=[0.0, 1.0],
