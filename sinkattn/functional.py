@@ -92,7 +92,7 @@ def attend_backward(dout, q, k, v, out, lse, *, dlse=None, deterministic=True, c
     Nothing of size [query_length, kv_length] is stored: weights are computed again from lse. The
     partial sums of dq take up to 8 times the float32 size of q while the call runs.
 
-    Raises as `attend` does; NotImplementedError on CUDA.
+    Raises as `attend` does.
 
     Method: Dao et al., "FlashAttention" (arXiv 2205.14135), with the sink logit as one more term
     of the denominator.

@@ -25,7 +25,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def move_to_cuda(request, monkeypatch, numbers):
-    """attend, attend_backward, merge and SinkCache of the test's module, of the oracle and of the package now run on the
+    """attend, attend_backward, mass, merge and SinkCache of the test's module, of the oracle and of the package now run on the
     device."""
     for name, wrapper in wrappers(numbers).items():
         original = getattr(sinkattn, name)

@@ -208,6 +208,12 @@ class AttendParams(ctypes.Structure):
 GRADIENTS = "q k v sink_q sink_k sink_v sink_logits sink_bias"
 
 
+class MassParams(ctypes.Structure):
+    """sa_mass_params."""
+
+    _fields_ = [("attend", AttendParams), *_fields(HostNumbers, "lse row_weights")]
+
+
 class BackwardParams(ctypes.Structure):
     """sa_attend_backward_params."""
 
@@ -229,14 +235,17 @@ def attend(library, q, k, v, **keywords):
 
 def mass(library, q, k, lse, *, row_weights=None, reduce="sum", queries=None, **keywords):
     """`sinkattn.mass` by the host's half and the kernel of the device."""
-    params = AttendParams()
+    params = MassParams()
     got = np.full((q.shape[0], *k.shape[1:3]), np.nan, np.float32)
-    keep = params.fill(q, k, None, **keywords)
-    params.mass, params.mass_reduce = got.ctypes.data, reduce == "max"
-    params.mass_queries = -1 if queries is None else queries
-    rows = [(None, HostNumbers()) if x is None else
-            HostNumbers.of(x, np.float32, keywords.get("on_device", False)) for x in (lse, row_weights)]
-    assert library.run_mass(ctypes.byref(params), *(ctypes.byref(x) for _, x in rows)) == 0 and keep
+    keep = params.attend.fill(q, k, k, **keywords)
+    params.attend.mass, params.attend.mass_reduce = got.ctypes.data, reduce == "max"
+    params.attend.mass_queries = -1 if queries is None else queries
+    for name, x in {"lse": lse, "row_weights": row_weights}.items():
+        if x is not None:
+            x, made = HostNumbers.of(x, np.float32, keywords.get("on_device", False))
+            setattr(params, name, made)
+            keep.append(x)
+    assert library.run_mass(ctypes.byref(params)) == 0 and keep
     return got
 
 

@@ -21,6 +21,7 @@ FAMILIES = {
     "gemma2": ("Gemma2", {"sliding_window": 7, "query_pre_attn_scalar": 16}),
     "gemma3": ("Gemma3", {"sliding_window": 7, "query_pre_attn_scalar": 16,
                           "layer_types": ["sliding_attention", "full_attention"]}),
+    "phi": ("Phi", {}),
     "phi3": ("Phi3", {}),
     "gpt_neox": ("GPTNeoX", {}),
     "cohere": ("Cohere", {}),

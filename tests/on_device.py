@@ -1,5 +1,5 @@
 """The suite on CUDA: wrappers that take and give NumPy arrays (or torch tensors of the CPU) and run
-`attend`, `attend_backward`, `merge` and `SinkCache` on torch tensors of the device. The tests stay as they are."""
+`attend`, `attend_backward`, `mass`, `merge` and `SinkCache` on torch tensors of the device. The tests stay as they are."""
 
 import numpy as np
 
@@ -99,9 +99,9 @@ def _run(function, q, k, v, numbers, keywords):
 
 
 def wrappers(numbers):
-    """attend, attend_backward, merge and SinkCache for the device; `numbers`: auxiliary arrays go there too."""
+    """attend, attend_backward, mass, merge and SinkCache for the device; `numbers`: auxiliary arrays go there too."""
     attend_there, cache_there, merge_there = sinkattn.attend, sinkattn.SinkCache, sinkattn.merge
-    backward_there = sinkattn.attend_backward
+    backward_there, mass_there = sinkattn.attend_backward, sinkattn.mass
 
     def attend(q, k, v, **keywords):
         return _run(attend_there, q, k, v, numbers, keywords)
@@ -109,6 +109,10 @@ def wrappers(numbers):
     def attend_backward(dout, q, k, v, out, lse, **keywords):
         moved = {name: _move(name, x, numbers) for name, x in keywords.items()}
         return to_host(backward_there(*(to_device(x) for x in (dout, q, k, v, out, lse)), **moved), q)
+
+    def mass(q, k, lse, **keywords):
+        moved = {name: _move(name, x, numbers) for name, x in keywords.items()}
+        return to_host(mass_there(to_device(q), to_device(k), to_device(lse) if numbers else lse, **moved), q)
 
     def merge(outs, lses):
         return to_host(merge_there([to_device(x) for x in outs], [to_device(x) for x in lses]), outs[0])
@@ -134,4 +138,4 @@ def wrappers(numbers):
         def __getattr__(self, name):
             return getattr(self._cache, name)
 
-    return {"attend": attend, "attend_backward": attend_backward, "merge": merge, "SinkCache": SinkCache}
+    return {"attend": attend, "attend_backward": attend_backward, "mass": mass, "merge": merge, "SinkCache": SinkCache}

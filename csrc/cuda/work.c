@@ -250,14 +250,14 @@ static void take_rows(sa_cuda_work *work, const sa_floats *from, sa_cuda_rows *t
     }
 }
 
-static sa_status plan_mass(const sa_attend_params *params, const sa_floats *lse, const sa_floats *row_weights, sa_cuda_work *work)
+static sa_status plan_mass(const sa_mass_params *params, sa_cuda_work *work)
 {
-    describe(params, NULL, &work->problem);
+    describe(&params->attend, NULL, &work->problem);
     work->staged_count = work->cleared_count = 0;
     work->counters = NULL;
-    take_arrays(params, work);
-    take_rows(work, lse, &work->problem.row_lse);
-    take_rows(work, row_weights, &work->problem.row_weights);
+    take_arrays(&params->attend, work);
+    take_rows(work, &params->lse, &work->problem.row_lse);
+    take_rows(work, &params->row_weights, &work->problem.row_weights);
     if (sa_cuda_choose_mass(&work->problem, &work->plan) != 0) {
         return too_large(work);
     }
@@ -266,11 +266,11 @@ static sa_status plan_mass(const sa_attend_params *params, const sa_floats *lse,
     return SA_OK;
 }
 
-sa_status sa_cuda_begin_mass(const sa_attend_params *params, const sa_floats *lse, const sa_floats *row_weights, sa_cuda_work *work)
+sa_status sa_cuda_begin_mass(const sa_mass_params *params, sa_cuda_work *work)
 {
-    work->function = params->function;
-    SA_TRY(sa_device_enter(params->function, params->device, &work->scope));
-    const sa_status status = plan_mass(params, lse, row_weights, work);
+    work->function = params->attend.function;
+    SA_TRY(sa_device_enter(work->function, params->attend.device, &work->scope));
+    const sa_status status = plan_mass(params, work);
     if (status != SA_OK) {
         sa_device_leave(&work->scope);
     }

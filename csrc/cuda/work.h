@@ -43,8 +43,7 @@ typedef struct sa_cuda_work {
 
 /* Plans a checked call with its results in place; `cache` NULL: none. On SA_OK the device is current until sa_cuda_end; otherwise nothing is to be ended. */
 sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work);
-/* Mass alone: params with mass, without output and lse. Numbers [batch, heads_q, query_length]; row_weights not given: 1. */
-sa_status sa_cuda_begin_mass(const sa_attend_params *params, const sa_floats *lse, const sa_floats *row_weights, sa_cuda_work *work);
+sa_status sa_cuda_begin_mass(const sa_mass_params *params, sa_cuda_work *work);
 sa_status sa_cuda_begin_backward(const sa_attend_backward_params *params, sa_cuda_work *work);
 sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream);
 void sa_cuda_end(const sa_cuda_work *work);

@@ -31,10 +31,6 @@ static int parse(sa_call *call, PyObject *const *arguments, sa_mass_params *para
     if (sa_parse_attend(call, arguments, Py_None, &params->attend, like) < 0) {
         return -1;
     }
-    if (params->attend.on_cuda) {
-        PyErr_Format(PyExc_NotImplementedError, "mass(): q is on cuda:%d; the backends that have mass alone are: cpu", params->attend.device);
-        return -1;
-    }
     if (arguments[LSE] == Py_None) {
         PyErr_SetString(PyExc_TypeError, "mass(): lse is None, expected an array [batch, heads_q, query_length]");
         return -1;
@@ -45,8 +41,11 @@ static int parse(sa_call *call, PyObject *const *arguments, sa_mass_params *para
                : parse_reduce(call, arguments, &params->attend);
 }
 
-static int run(const sa_mass_params *params)
+static int run(sa_call *call, const sa_mass_params *params, const sa_like *like)
 {
+    if (params->attend.on_cuda) {
+        return sa_run_mass_on_cuda(call, params, like);
+    }
     sa_released released;
     sa_release(&released);
     const sa_status status = sa_mass(params, released.poll);
@@ -76,7 +75,7 @@ static PyObject *mass(PyObject *module, PyObject *const *arguments, Py_ssize_t c
     void *data;
     answer = sa_new_result(&call, &like, SA_F32, 3, params.attend.key.shape, &data);
     params.attend.mass = data;
-    if (answer == NULL || run(&params) < 0) {
+    if (answer == NULL || run(&call, &params, &like) < 0) {
         Py_CLEAR(answer);
     } else {
         answer = sa_finish_result(&call, &like, answer);

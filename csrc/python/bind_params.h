@@ -41,7 +41,8 @@ int sa_make_results(sa_call *call, sa_attend_params *params, PyObject *out, bool
 /* Launches a checked call with its results in place; `cache` NULL: none. Memory for its length comes from the allocator of `like`. */
 int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_store *cache, const sa_like *like);
 
-/* The same for gradients. */
+/* The same for mass alone, and for gradients. */
+int sa_run_mass_on_cuda(sa_call *call, const sa_mass_params *params, const sa_like *like);
 int sa_run_backward_on_cuda(sa_call *call, const sa_attend_backward_params *params, const sa_like *like);
 
 /* out, or the tuple of what was asked for. */

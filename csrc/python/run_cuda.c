@@ -34,6 +34,14 @@ int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_
     return status == SA_OK ? finish(call, &work, like) : -1;
 }
 
+int sa_run_mass_on_cuda(sa_call *call, const sa_mass_params *params, const sa_like *like)
+{
+    sa_cuda_work work;
+    const sa_status status = sa_cuda_begin_mass(params, &work);
+    sa_raise(status);
+    return status == SA_OK ? finish(call, &work, like) : -1;
+}
+
 int sa_run_backward_on_cuda(sa_call *call, const sa_attend_backward_params *params, const sa_like *like)
 {
     sa_cuda_work work;

@@ -1,11 +1,12 @@
-"""The works of the CUDA table: decode, the streaming step, prefill, host overhead; each against
-what torch offers for it, on the same arrays in the same run."""
+"""The works of the CUDA table: decode, the streaming step, prefill, gradients, host overhead; each
+against what torch offers for it, on the same arrays in the same run."""
 
 import os
 from dataclasses import dataclass, field
 from functools import partial
 
-from sinkattn import SinkCache, attend
+from sinkattn import SinkCache, attend, attend_backward
+from sinkattn.bench import counts
 
 COLD = 512 << 20  # sets of arguments in turn together hold at least so many bytes: ten times the L2
 
@@ -174,6 +175,53 @@ def prefill(torch, sizes):
         yield work
 
 
+def recorded(torch, form, q, k, v, dout):
+    """The backward of one recorded SDPA; gives the gradient of q."""
+    graph = []
+
+    def call():
+        if not graph:
+            with torch.enable_grad():
+                tensors = [x.detach().requires_grad_() for x in (q, k, v)]
+                graph.extend((sdpa(torch, form, is_causal=True)(*tensors), tensors))
+        return torch.autograd.grad(graph[0], graph[1], dout, retain_graph=True)[0]
+    return call
+
+
+def last_gradients(torch, q, k, v, dout, count=64):
+    """float64, of the last queries, which depend on no other."""
+    length = q.shape[2]
+    rows = torch.arange(length - count, length, device=q.device)[:, None]
+    with torch.enable_grad():
+        last = q[:, :, -count:].double().requires_grad_()
+        out = exact(torch, last, k, v, torch.arange(length, device=q.device) <= rows)
+        return torch.autograd.grad(out, last, dout[:, :, -count:].double())[0]
+
+
+def backward(torch, sizes):
+    """The gradients of q, k and v; that of the last queries is compared with float64."""
+    for heads_q, heads_kv, depth, length in sizes["backward"]:
+        heads = heads_q, heads_kv, heads_kv, heads_q
+        tensors = q, k, v, dout = tuple(normal(torch, 1, h, length, depth) for h in heads)
+        result = attend(q, k, v, return_lse=True)
+        work = Work("backward", f"backward D {depth} {heads_q}/{heads_kv}",
+                    f"gradients, dense causal, {heads_q}/{heads_kv} heads, N {length}, D {depth}, "
+                    f"bf16", "bfloat16",
+                    float(counts.backward_flops(counts.visible_pairs(length), heads_q, depth)),
+                    8.0 * (q.numel() + k.numel()), "FLOP/s", 2.5e-2, graph=False)
+
+        def ours(tensors=tensors, result=result):
+            return attend_backward(tensors[3], *tensors[:3], *result)["q"]
+
+        right = partial(last_gradients, torch, *tensors)
+        work.contestants.append(Contestant("sinkattn", "attend_backward", [ours], right))
+        for form in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
+            theirs = recorded(torch, form, *tensors)
+            work.contestants.append(Contestant(
+                "torch", f"SDPA {form.partition('_')[0].lower()}", [theirs], right))
+        yield work
+
+
 def overhead(torch, sizes):
     """Host time of one call; the device is idle most of it."""
     del sizes
@@ -192,18 +240,19 @@ def overhead(torch, sizes):
 
 
 SUITES = {"decode": (decode,), "cache": (step,), "prefill": (prefill,), "window": (prefill,),
-          "overhead": (overhead,)}
+          "backward": (backward,), "overhead": (overhead,)}
 SIZES = {
     "cold": COLD,
     "decode": [(1, 32, 8, 128, 4096), (1, 32, 8, 128, 32768), (1, 32, 8, 128, 131072),
                (64, 32, 8, 128, 4096), (64, 64, 8, 64, 16384)],
     "cache": (4, 4092), "step": (1, 8),
+    "backward": [(16, 16, 128, 8192), (32, 8, 128, 8192), (16, 16, 64, 8192)],
     "prefill": [(64, 8, 128, 8192, None, 0), (64, 8, 64, 16384, None, 0),
                 (64, 8, 128, 32768, 1024, 4), (32, 8, 128, 32768, 4096, 4)],
 }
 QUICK = {
     "cold": 4 << 20, "decode": [(1, 8, 2, 64, 512)], "cache": (4, 60), "step": (1,),
-    "prefill": [(4, 2, 64, 512, None, 0), (4, 2, 64, 512, 64, 4)],
+    "backward": [(4, 2, 64, 512)], "prefill": [(4, 2, 64, 512, None, 0), (4, 2, 64, 512, 64, 4)],
 }
 
 

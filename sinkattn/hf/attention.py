@@ -82,6 +82,7 @@ def attention_function(module, query, key, value, attention_mask, scaling=None, 
         if is_causal is False and attention_mask.causal and query.shape[2] > 1:
             raise NotImplementedError("sinkattn: is_causal=False with a causal mask; set "
                                       "config.is_causal to False instead")
+        refuse_other_lengths(attention_mask, query, key)
         place = attention_mask.keywords
         count = attention_mask.key_count
         if count is not None and count < key.shape[2]:  # a static cache: the rest is not written
@@ -157,6 +158,14 @@ def refuse_unlocated_sequences(packed, mask, others):
         raise NotImplementedError("sinkattn: seq_idx without cu_seq_lens_q and cu_seq_lens_k or "
                                   "position_ids that begin anew: packed sequences would see each "
                                   "other")
+
+
+def refuse_other_lengths(mask, query, key):
+    """A model that adds keys after its mask was made: who sees them is not stated."""
+    if (query.shape[2], key.shape[2]) != (mask.queries, mask.keys):
+        raise NotImplementedError(
+            f"sinkattn: {query.shape[2]} queries and {key.shape[2]} keys, the mask was made for "
+            f"{mask.queries} and {mask.keys}: the model adds or drops some on its own")
 
 
 def holds_tensor(value):

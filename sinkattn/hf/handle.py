@@ -24,8 +24,9 @@ class Handle(torch.Tensor):
         """(keys, layer), once: a second reader would append the chunk a second time."""
         keys, layer, self.raw, self.layer = self.raw, self.layer, None, None
         if layer is None:
-            raise NotImplementedError("sinkattn.hf: two layers of this model share one cache entry "
-                                      "(KV sharing), which our cache does not support")
+            raise NotImplementedError("sinkattn.hf: the keys of one cache entry are attended "
+                                      "twice, by two layers (KV sharing) or by one: our cache "
+                                      "appends and attends at once")
         return keys, layer
 
     @classmethod

@@ -41,6 +41,15 @@ class Mask:
                                                    else offset + queries if self.causal else keys)
         self.keywords = self._keywords()  # of attend, made once for all layers
 
+    def __getattr__(self, name):
+        raise AttributeError(f"sinkattn: '{name}' of a mask: the model works on masks itself, and "
+                             "ours are no tensors; use another attention implementation")
+
+    def __getitem__(self, index):
+        raise NotImplementedError("sinkattn: an index into a mask: the model works on masks "
+                                  "itself, and ours are no tensors; use another attention "
+                                  "implementation")
+
     def contiguous(self):
         return self
 

@@ -25,8 +25,11 @@ def rope_of(config, layer_type):
     apply_rotary_pos_emb; that every layer applies it, as the last thing that happens to queries and
     keys, is read in its source. NotImplementedError where any of it fails.
     """
-    family = importlib.import_module(
-        type(config).__module__.replace("configuration_", "modeling_"))
+    name = type(config).__module__.replace("configuration_", "modeling_")
+    try:
+        family = importlib.import_module(name)
+    except ImportError:
+        refuse(f"there is no {name} that goes with {type(config).__name__}")
     refuse_changing(config, layer_type)
     refuse_unusual_order(family)
     rotary = rotary_module(family, config)
@@ -71,14 +74,21 @@ def rotary_module(family, config):
 
 
 def turned_by_model(family, rotary, config, place, layer_type):
-    """[depth, depth]: what the model makes of each unit vector at a position."""
-    depth = (getattr(config, "head_dim", None)
+    """[depth, depth]: what the model makes of each unit vector at a position. Where it takes the
+    turned part of a head alone (phi), of that part's."""
+    whole = (getattr(config, "head_dim", None)
              or config.hidden_size // config.num_attention_heads)
-    unit = torch.eye(depth)[None, None]
-    positions = torch.full((1, depth), place)
+    kind = [] if layer_type is None else [layer_type]
     try:
-        angles = rotary(unit, positions, *([] if layer_type is None else [layer_type]))
-        return family.apply_rotary_pos_emb(unit, unit, *angles)[0][0, 0].numpy()
+        part = rotary(torch.eye(2), torch.full((1, 1), place), *kind)[0].shape[-1]
+        for depth in (whole, part):
+            unit = torch.eye(depth)[None, None]
+            angles = rotary(unit, torch.full((1, depth), place), *kind)
+            try:
+                return family.apply_rotary_pos_emb(unit, unit, *angles)[0][0, 0].numpy()
+            except RuntimeError:  # shapes do not fit
+                if depth == part:
+                    raise
     except Exception as error:
         return refuse(f"{family.__name__}.apply_rotary_pos_emb could not be tried out "
                       f"({type(error).__name__}: {error})")
@@ -123,8 +133,33 @@ def refuse_order_in(name, forward):
                 if not isinstance(statement, ast.Assign):
                     refuse(f"{name} turns queries and keys only under a condition")
                 turned = assigned(statement)
-        elif assigned(statement) & turned and not calls(statement, "update"):
+        elif joined(statement, turned):
+            turned = turned | assigned(statement)
+        elif reads(statement, turned) and not is_harmless(statement):
             refuse(f"{name} changes queries or keys after it has turned them")
+
+
+def joined(statement, turned):
+    """x = torch.cat((turned, rest), dim=-1): the turned part of a head comes first."""
+    if not isinstance(statement, ast.Assign) or not calls(statement.value, "cat"):
+        return False
+    parts = statement.value.args[0]
+    first = parts.elts[0] if isinstance(parts, (ast.Tuple, ast.List)) else None
+    return isinstance(first, ast.Name) and first.id in turned
+
+
+def is_harmless(statement):
+    """The cache, the attention itself, another dtype or layout."""
+    if any(calls(statement, name) for name in ("update", "attention_interface")):
+        return True
+    value = getattr(statement, "value", None)
+    return isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and (
+        value.func.attr in ("contiguous", "to", "transpose"))
+
+
+def reads(node, names):
+    return any(isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load) and part.id in names
+               for part in ast.walk(node))
 
 
 def calls(node, name):

@@ -115,7 +115,7 @@ def comparison(record, path=None):
     lines = range(len(policies))
     figure, panels = pyplot().subplots(
         1, 4, figsize=(16, 2.1 + 0.33 * len(policies)), layout="constrained", sharey=True,
-        width_ratios=(1.5, 1, 0.9, 1))
+        width_ratios=(1.5, 1, 0.8, 1.1))
     _recall_map(panels[0], policies, settings)
     _questions(panels[1], policies)
     losses, errors = _errors([policy.attention.loss for policy in policies])
@@ -189,7 +189,7 @@ def _bits(axes, policies, settings):
         axes.set_xscale("symlog", linthresh=0.1)
         axes.set_xlim(min(-0.12, axes.get_xlim()[0]), None)
         axes.axvline(0, color="0.5", linewidth=1)
-        axes.set_xticks(ticks := [-0.3, -0.1, 0, 0.1, 0.3, 1, 3], [f"{tick:+g}" for tick in ticks])
+        axes.set_xticks([-0.1, 0, 0.1, 0.5, 2], ["-0.1", "0", "+0.1", "+0.5", "+2"])
         axes.minorticks_off()
     _legend_below(axes)
 

@@ -139,9 +139,10 @@ def _closing(found):
             for p in found.policies if p.name not in (FULL, WINDOW, SINKS)]
     able = [(sum(a.mean for a in found_) / len(found_), p.name) for p, found_ in kept if found_]
     if able:
-        best = max(able)
+        best, drawn = max(able), [share for share, name in able if name == "Random"]
         lines.append(f"Beyond the window the best policy, {best[1]}, has {best[0]:.2f} of the "
-                     "letters right, a mean over the distances.")
+                     "letters right, a mean over the distances"
+                     + "".join(f"; tokens kept at random: {share:.2f}" for share in drawn) + ".")
     lost = [p.name for p in found.policies if p.questions and p.name != FULL
             and p.questions.first.low > p.questions.second.high]
     if lost:

@@ -150,6 +150,24 @@ assert sinkattn.show_config()["cuda_launches"] == after
 
 
 @BUILT
+def test_mass_alone_is_one_launch(fake):
+    """Beside the copies of what the host gave."""
+    run("""
+lse = Device(np.zeros(X.shape[:3], np.float32))
+def launched(*arguments, **keywords):
+    before = dict(sinkattn.show_config()["cuda_launches"])
+    got = sinkattn.mass(*arguments, **keywords)
+    assert got.__cuda_array_interface__["shape"] == X.shape[:3]
+    after = sinkattn.show_config()["cuda_launches"]
+    return {name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name, 0)}
+assert launched(D, D, lse) == {"mass": 1}
+assert launched(D, D, np.zeros(X.shape[:3]), row_weights=X[..., 0].tolist(), reduce="max") == {"mass": 1, "stage": 2}
+none = Device(np.ones((1, 2, 0, 8), np.float32))
+assert launched(none, D, X[:, :, :0, 0]) == {}
+""", fake)
+
+
+@BUILT
 def test_gradients_launch_what_they_need(fake):
     """Two large kernels, one before and one behind; nothing where there are no queries."""
     run("""

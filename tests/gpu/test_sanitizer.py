@@ -11,7 +11,7 @@ import pytest
 
 CLEAN = """
 import cupy, numpy as np, sys
-from sinkattn import Rope, SinkCache, attend, show_config
+from sinkattn import Rope, SinkCache, attend, attend_backward, mass, merge, show_config
 
 random = np.random.default_rng(0)
 def normal(dtype, *shape):
@@ -22,11 +22,20 @@ for dtype in (np.float32, np.float16):
         q, k, v = (normal(dtype, 2, h, n, depth) for h, n in ((4, 3), (2, 130), (2, 130)))
         attend(q, k, v, window=40, sinks=3, sink_logits=[0.0, 1.0, -np.inf, 2.0], return_lse=True,
                return_mass=True, lengths=cupy.asarray([130, 7]))
+        more = dict(window=40, sinks=3, sink_logits=[0.0, 1.0, -np.inf, 2.0], sink_bias=np.ones((4, 3)),
+                    sink_q=q, sink_kv=(k[0, :, :5], v[0, :, :5]), lengths=cupy.asarray([130, 7]))
+        out, lse = attend(q, k, v, return_lse=True, **more)
+        attend_backward(out, q, k, v, out, lse, dlse=lse, **more)
+        mass(q, k, lse, row_weights=cupy.asarray(np.ones(lse.shape)), window=40, sinks=3)
+        merge([out, out[:, ::-1]] * 25, [lse, lse] * 25)
     q, k, v = (normal(dtype, 1, h, n, 64) for h, n in ((4, 1), (2, 5000), (2, 5000)))
     attend(q, k, v)
     q, k, v = (normal(dtype, 1, h, n, 64) for h, n in ((4, 150), (2, 150), (2, 150)))
     attend(q, k, v, cu_seqlens_q=[0, 40, 40, 150], cu_seqlens_k=[0, 40, 40, 150], window=9, sinks=2,
            sink_kv=(k[0, :, :3], v[0, :, :3]), alibi_slopes=[0.1] * 4, softcap=3.0)
+    packed = dict(cu_seqlens_q=[0, 40, 40, 150], cu_seqlens_k=[0, 40, 40, 150], softcap=3.0)
+    out, lse = attend(q, k, v, return_lse=True, **packed)
+    attend_backward(out, q, k, v, out, lse, **packed)
     for rope in (None, Rope.from_theta(64), Rope.from_theta(64, applied=True)):
         cache = SinkCache(2, 2, 64, sinks=2, window=20, rollback=2, dtype=np.dtype(dtype).name,
                           device="cuda", rope=rope)
@@ -98,7 +107,8 @@ def test_no_report_but_the_planted_one(tool, torch):
                and "COMPUTE-SANITIZER" not in line]
     assert not reports, "\n".join(reports[:30])
     ran = re.search(r"^RAN (.*)$", clean, re.M)[1].split()
-    for family in ("decode", "prefill", "attend_f32", "mass", "cache_rotate", "cache_commit", "stage"):
+    for family in ("decode", "prefill", "attend_f32", "mass", "cache_rotate", "cache_commit", "stage", "merge",
+                   "backward_rows", "backward_numbers", "backward_keys", "backward_queries"):
         assert any(name.startswith(family) for name in ran), f"{family} did not run: {ran}"
     summary = re.search(r"(ERROR|RACECHECK) SUMMARY: (\d+)", planted)
     assert summary and int(summary[2]) > 0, planted[-2000:]

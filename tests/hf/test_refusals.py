@@ -111,6 +111,16 @@ def test_no_mask_at_all():
     attention_function(module, x, x[:, :, :3], x[:, :, :3], None, scaling=1.0)
 
 
+def test_models_that_work_on_masks_or_add_keys():
+    mask = Mask(Pattern(causal=True), 1, 4, 4, 0)
+    with refused("'dtype' of a mask: the model works on masks itself", AttributeError):
+        mask.dtype  # noqa: B018
+    with refused("an index into a mask"):
+        mask[0]
+    with refused("4 queries and 4 keys, the mask was made for 4 and 3: the model adds or drops some"):
+        call(mask=Mask(Pattern(causal=True), 1, 4, 3, 0))
+
+
 def test_other_masks():
     from transformers import masking_utils as m
     given = {"batch_size": 1, "q_length": 4, "kv_length": 4}
@@ -147,7 +157,7 @@ def test_what_can_be_read_of_a_handle(llama):
     handle = caches.Handle(keys, "layer")
     assert handle.shape == keys.shape and handle.dtype is keys.dtype and handle.size(2) == 3
     assert handle.open() == (keys, "layer") or True
-    with refused("two layers of this model share one cache entry"):
+    with refused("the keys of one cache entry are attended twice"):
         handle.open()
 
 
@@ -185,6 +195,13 @@ def test_turns_that_are_not_understood(config, reason):
         hf.SinkCache(made)
     hf.SinkCache(made, positions="original")
     hf.SinkCache(made, sinks=0)
+
+
+def test_a_config_from_elsewhere():
+    class OwnConfig(transformers.LlamaConfig):
+        __module__ = "nowhere.configuration_own"
+    with refused("there is no nowhere.modeling_own that goes with OwnConfig"):
+        hf.SinkCache(OwnConfig(**SMALL))
 
 
 def test_a_turn_that_is_not_the_modules_own(monkeypatch):

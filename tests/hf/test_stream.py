@@ -121,15 +121,20 @@ def test_left_padded_rows_are_streams_of_their_own():
 def written_attention(turn):
     """Attention over a whole text in float64, by the definition of the stream: for models of which only
     the turning is their own. turn(x, positions): the model's own function."""
+    def turned(raw, whole, place, module):
+        part = turn(raw, place, module)
+        return torch.cat([part, whole[..., part.shape[-1]:]], -1).double()  # phi turns a part alone
+
     def attend(module, query, key, value, mask, scaling, softcap=None, s_aux=None, **_):
-        (query, key), length, sliding = turn.raw, query.shape[2], getattr(mask, "window", None)
+        (raw_query, raw_key), length = turn.raw, query.shape[2]
+        sliding = mask.window
         sinks, window = (0, sliding) if sliding else (SINKS, WINDOW)
         place = torch.arange(length)
         group = query.shape[1] // key.shape[1]
-        keys = turn(key, place, module).double().repeat_interleave(group, 1)
+        keys = turned(raw_key, key, place, module).repeat_interleave(group, 1)
         value = value.double().repeat_interleave(group, 1)
-        score = turn(query, place, module).double() @ keys.mT
-        capped = turn(query, place.clamp(max=sinks + window - 1), module).double() @ keys.mT
+        score = turned(raw_query, query, place, module) @ keys.mT
+        capped = turned(raw_query, query, place.clamp(max=sinks + window - 1), module) @ keys.mT
         score[..., :sinks] = capped[..., :sinks]
         score = score * scaling
         score = score if softcap is None else torch.tanh(score / softcap) * softcap
@@ -142,7 +147,7 @@ def written_attention(turn):
     return attend
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "gpt_neox", "cohere", "gemma3", "phi3"])
+@pytest.mark.parametrize("family", ["gpt_oss", "gpt_neox", "cohere", "gemma3", "phi", "phi3"])
 def test_other_ways_of_turning(family, monkeypatch):
     """Interleaved pairs, a part of the head, YaRN on pinned and sliding layers, two sets of frequencies."""
     own = {"phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,

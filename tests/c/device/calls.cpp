@@ -83,10 +83,10 @@ int run_attend(const sa_attend_params *params)
     return status == SA_OK ? run(&work) : status;
 }
 
-int run_mass(const sa_attend_params *params, const sa_floats *lse, const sa_floats *row_weights)
+int run_mass(const sa_mass_params *params)
 {
     sa_cuda_work work;
-    const sa_status status = sa_cuda_begin_mass(params, lse, row_weights, &work);
+    const sa_status status = sa_cuda_begin_mass(params, &work);
     return status == SA_OK ? run(&work) : status;
 }
 
