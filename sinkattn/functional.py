@@ -89,8 +89,9 @@ def attend_backward(dout, q, k, v, out, lse, *, dlse=None, deterministic=True, c
     Queries that are not real, and keys that no query sees, get 0. A sink of +inf makes every
     gradient of its head 0; a sink_bias of -inf has gradient 0, and so has its column.
 
-    Nothing of size [query_length, kv_length] is stored: weights are computed again from lse. The
-    partial sums of dq take up to 8 times the float32 size of q while the call runs.
+    Nothing of size [query_length, kv_length] is stored: weights are computed again from lse. On the
+    CPU partial sums of dq take up to 8 times the float32 size of q (half of it where causal, less
+    with a window) while the call runs.
 
     Raises as `attend` does.
 

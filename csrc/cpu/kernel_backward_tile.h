@@ -45,12 +45,13 @@ typedef struct query_tile {
 
 /* --- loading ---------------------------------------------------------------------------------------------------------------------- */
 
-/* Rows low .. high - 1 as words; rows around them, up to BLOCK_ROWS, are zero. */
-static void load_rows(bool pairs, sa_dtype dtype, const void *data, int64_t step, int64_t depth, int64_t low, int64_t high, float *out,
-                      int64_t stride)
+/* Rows low .. high - 1 as words; the others of `count`, and the spare ones behind them, are zero. */
+static void load_rows(bool pairs, sa_dtype dtype, const void *data, int64_t step, int64_t depth, int64_t low, int64_t high, int64_t count,
+                      float *out, int64_t stride)
 {
     const int64_t words = words_of(pairs, depth);
-    memset(out, 0, (size_t)(BLOCK_ROWS * stride) * sizeof *out);
+    memset(out, 0, (size_t)(low * stride) * sizeof *out);
+    memset(out + high * stride, 0, (size_t)((count + SPARE_ROWS - high) * stride) * sizeof *out);
     for (int64_t r = low; r < high; r++) {
         for (int64_t word = 0; word < words; word += LANES) {
             vec_store(out + r * stride + word, pairs ? load_pairs(data, r * step + 2 * word, depth - 2 * word)
@@ -319,7 +320,7 @@ static void backward_tile(const key_block *b, const query_tile *t)
 {
     pack_tile(b, t);
     if (!t->whole) {
-        memset(b->turned, 0, (TILE_QUERIES + SPARE_ROWS) * SCORE_STRIDE * sizeof(float));
+        memset(b->turned, 0, (size_t)((t->high + SPARE_ROWS) * SCORE_STRIDE) * sizeof(float));
     }
     for (int64_t r0 = 0; r0 < b->count; r0 += CHUNK_ROWS) {
         chunk_of_keys(b, t, r0, min_i64(CHUNK_ROWS, b->count - r0));

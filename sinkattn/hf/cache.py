@@ -45,10 +45,10 @@ class StreamLayer(CacheLayerMixin):
     def attend(self, query, key, value, mask, **score):
         """out [batch, heads_q, tokens, v_head_dim] of a chunk, which is appended."""
         tokens = key.shape[2]
-        starts, ends = self.columns_of(mask, tokens)
+        starts = self.starts_of(mask, tokens)
         stream = self.stream_for(key, value)
         self.refuse_other_rows(stream, starts)
-        shift, lengths = self.chunk_rows(starts, ends, tokens, key)
+        shift, lengths = (None, None) if starts is None else mask.chunk_rows()
         if shift is not None:
             query, key, value = (moved(x, shift) for x in (query, key, value))
         out = query.new_empty(query.shape[0], tokens, query.shape[1], value.shape[3])
@@ -59,10 +59,11 @@ class StreamLayer(CacheLayerMixin):
         self.padded = self.padded or starts is not None
         return out if shift is None else moved_back(out, shift)
 
-    def columns_of(self, mask, tokens):
-        """The valid columns of each row (None: all), after the checks that need no numbers."""
+    def starts_of(self, mask, tokens):
+        """The first valid column of each row (None: all are valid), after the checks that need no
+        numbers."""
         if mask is None:
-            return None, None
+            return None
         if not isinstance(mask, Mask) or not mask.causal or mask.sequences is not None:
             raise NotImplementedError("sinkattn.hf: a cache of ours attends causally, one sequence "
                                       "a row; the model asks for something else")
@@ -73,7 +74,7 @@ class StreamLayer(CacheLayerMixin):
         if mask.offset != self.columns or mask.queries != tokens:
             raise ValueError(f"sinkattn.hf: the mask is for {mask.queries} tokens after "
                              f"{mask.offset}, the cache has seen {self.columns} and gets {tokens}")
-        return mask.starts, mask.ends
+        return mask.starts
 
     def stream_for(self, key, value):
         batch = key.shape[0]
@@ -98,18 +99,6 @@ class StreamLayer(CacheLayerMixin):
             raise ValueError(f"sinkattn.hf: attention_mask says that the rows have {expected} "
                              f"tokens so far, the cache has {seen}: pass the same padding at every "
                              "call")
-
-    def chunk_rows(self, starts, ends, tokens, key):
-        """(columns to move each row to the left by, or None; tokens of each row, or None)."""
-        if starts is None:
-            return None, None
-        shift = (starts - self.columns).clamp(0, tokens)
-        lengths = (ends - self.columns - shift).clamp(0, tokens)
-        if key.device.type == "cpu":
-            if not bool((lengths != tokens).any()):
-                return None, None
-            lengths = lengths.numpy()
-        return (None if tokens == 1 else shift), lengths
 
     def get_seq_length(self):
         """Columns seen, padding included: what positions and masks count from."""

@@ -40,6 +40,7 @@ class Mask:
             self.starts, self.ends = valid_columns(columns, None if isinstance(offset, torch.Tensor)
                                                    else offset + queries if self.causal else keys)
         self.keywords = self._keywords()  # of attend, made once for all layers
+        self.rows = None
 
     def __getattr__(self, name):
         raise AttributeError(f"sinkattn: '{name}' of a mask: the model works on masks itself, and "
@@ -82,6 +83,20 @@ class Mask:
         if self.causal or self.window is not None:  # else the place of a query does not matter
             given["q_lengths"] = (ends - self.offset).clamp(0, self.queries)
         return given
+
+
+    def chunk_rows(self):
+        """For a cache that keeps rows of tokens: (columns to move each row to the left by, or None;
+        tokens of each row, or None: all). Made once for all layers."""
+        if self.rows is None:
+            shift = (self.starts - self.offset).clamp(0, self.queries)
+            lengths = (self.ends - self.offset - shift).clamp(0, self.queries)
+            if lengths.device.type == "cpu":
+                lengths = lengths.numpy() if bool((lengths != self.queries).any()) else None
+            if self.queries == 1 or lengths is None:
+                shift = None  # a row of one token has it or not
+            self.rows = shift, lengths
+        return self.rows
 
 
 def boundaries_of(sequences):

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-_PLACE = "_sinkattn_logits"
+_PLACE, _HOOKED = "_sinkattn_logits", "_sinkattn_hooked"
 
 
 def attention_modules(model):
@@ -66,6 +66,18 @@ def set_sink_logits(model, x):
         module.__dict__.pop(_PLACE, None)
         if place is not None:
             module.__dict__[_PLACE] = place
+    if _HOOKED not in modules[0].__dict__:
+        modules[0].register_forward_pre_hook(refuse_another_attention)
+        modules[0].__dict__[_HOOKED] = True
+
+
+def refuse_another_attention(module, _):
+    """Eager and the like would drop what was set here."""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sinkattn")
+    if _PLACE in module.__dict__ and implementation != "sinkattn":
+        raise NotImplementedError(
+            f"set_sink_logits(): the model now uses the attention '{implementation}', which would "
+            "drop the sink logits that were set; set_sink_logits(model, None) takes them away")
 
 
 def places_of(model, x, layers, heads, device):

@@ -6,7 +6,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
-from hf_models import EVERY, build, left_padded, tokens
+from hf_models import CACHE, EVERY, build, left_padded, tokens
 
 import sinkattn.hf as hf
 
@@ -46,8 +46,10 @@ def test_half_precision_is_no_worse_than_eager(family):
     ids = tokens(2, 40)
     exact = logits_of(model, ids)
     eager = logits_of(model.bfloat16(), ids).float()
-    ours = logits_of(hf.enable(model), ids).float()
-    assert (ours - exact).norm() <= 1.5 * (eager - exact).norm()
+    hf.enable(model)
+    for cache in (None, hf.SinkCache(model.config, window=60)):
+        ours = logits_of(model, ids, **{CACHE: cache}).float()
+        assert (ours - exact).norm() <= 1.5 * (eager - exact).norm()
 
 
 def test_autocast():
@@ -137,3 +139,18 @@ def test_compiled_in_one_graph():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_same(logits_of(compiled, ids, attention_mask=torch.ones_like(ids), use_cache=False), expected)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_offset_that_only_the_device_knows(padded):
+    """Under a static cache on a GPU: nothing is read, the lengths say what is written."""
+    from sinkattn import attend
+    from sinkattn.hf.masks import Mask, Pattern
+    columns = torch.zeros(2, 20, dtype=torch.bool)
+    columns[:, :9] = True
+    columns[1, :4] = not padded
+    q, (k, v) = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 2, 20, 8)
+    known = Mask(Pattern(causal=True, window=5), 2, 3, 20, 6, columns if padded else None)
+    unknown = Mask(Pattern(causal=True, window=5), 2, 3, 20, torch.tensor(6), columns if padded else None)
+    assert known.key_count == 9 and unknown.key_count is None
+    assert_same(attend(q, k, v, **unknown.keywords), attend(q, k[:, :, :9], v[:, :, :9], **known.keywords))

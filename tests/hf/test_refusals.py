@@ -184,6 +184,8 @@ def test_models_that_a_cache_does_not_fit():
     (("Phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8,
                                    "long_factor": [2.0] * 8, "original_max_position_embeddings": 16},
                "pad_token_id": None}), "rope_type is 'longrope'"),
+    (("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}),
+     "mrope_section"),
     (("Cohere2", {"layer_types": ["full_attention"]}), "only under a condition"),
     (("GPT2", {}), "has 0 rotary modules|calls apply_rotary_pos_emb"),
     (("HunYuanDenseV1", {}), "changes queries or keys after it has turned them")])

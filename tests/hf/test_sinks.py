@@ -114,6 +114,18 @@ def test_null_tokens_where_zero_does_not_stay_zero():
         hf.null_sinks(mlp)
 
 
+def test_another_attention_does_not_drop_them():
+    ids, model = tokens(1, 5), build("llama")
+    hf.set_sink_logits(model, 1.0)
+    model.set_attn_implementation("eager")
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(NotImplementedError, match="now uses the attention 'eager', which would drop"):
+            logits_of(one, ids)
+    hf.set_sink_logits(model, None)
+    model.set_attn_implementation("eager")
+    logits_of(model, ids)
+
+
 def test_arguments():
     model = build("llama")
     with pytest.raises(TypeError, match=r"null_sinks\(\): n is bool, expected an int"):

@@ -11,7 +11,7 @@ from tolerance import relative_error
 
 from sinkattn import attend, attend_backward, get_num_threads, reference, set_num_threads
 
-EXAMPLES = int(os.environ.get("SINKATTN_BACKWARD_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("SINKATTN_BACKWARD_EXAMPLES", min(20, settings.default.max_examples)))
 NOT_ATTEND = ("mass_reduce", "mass_queries")
 # A weight is exp(s - lse), and lse arrives in fp32: below 32 it is off by up to 1e-6, and the weight with it; beyond, by as much more.
 FP32_RELATIVE = 5e-6
