@@ -14,6 +14,9 @@ null      sink_logits = log 4 everywhere: what prepending four zero embeddings w
 All three start from the same weights and see the same batches. Printed are bits per byte on held-out
 text, and where the weight of the second half of the queries goes: to the start token, to the sink, or
 to text. An even spread would give the start token 0.5 % (context 256).
+
+Seen (2026-11-25, one seed): 1.679, 1.707 and 1.706 bits per byte; to the start token 0.2, 0.1 and 0.1 %,
+to the sink none, 2.6 and 6.1 %. At this size nobody dumps anything on the first token.
 """
 
 import argparse
