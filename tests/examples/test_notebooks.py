@@ -22,6 +22,20 @@ OPTIONAL = ("matplotlib", "torch", "transformers", "ml_dtypes")
 pytestmark = pytest.mark.skipif(bool(os.environ.get("SINKATTN_INSTRUMENTED")), reason="minutes, where every line is counted")
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Of torch, which else waits for a second one by turning in circles, on a machine that is busy."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if importlib.util.find_spec("torch"):
+        import torch
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
+    else:
+        yield
+
+
 def code_of(notebook):
     """The code cells' text, without Jupyter's own commands."""
     cells = json.loads(notebook.read_text())["cells"]
