@@ -5,7 +5,7 @@ import numpy as np
 from sinkattn import _core
 from sinkattn.cache import check_described, describe_rope, dtype_name, field, integer, row_mask
 from sinkattn.ledger import Ledger, head_ledger
-from sinkattn.policy import H2O, Policy, number
+from sinkattn.policy import H2O, ExpectedAttention, Policy, number
 from sinkattn.rope import Rope
 
 _STATE_VERSION = 1
@@ -63,6 +63,9 @@ class KVCache:
         if positions == "slot" and rope is not None and rope.applied:
             raise NotImplementedError("KVCache(): positions='slot' with a rope that is applied; it "
                                       "needs raw keys: applied=False")
+        if positions == "slot" and rope is not None and isinstance(policy, ExpectedAttention):
+            raise NotImplementedError("KVCache(): positions='slot' with a rope and "
+                                      "ExpectedAttention; it needs positions='original'")
         if not isinstance(track_mass, (bool, np.bool_)):
             raise TypeError(
                 f"KVCache(): track_mass is {type(track_mass).__name__}, expected a bool")

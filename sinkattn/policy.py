@@ -12,8 +12,8 @@ import numbers
 
 from sinkattn.cache import integer
 
-__all__ = ["CUR", "H2O", "H2OEMA", "TOVA", "Custom", "H2ONorm", "KNorm", "KeyDiff", "Policy",
-           "Random", "Scissorhands", "SinkWindow", "SnapKV", "VLengthH2O"]
+__all__ = ["CUR", "H2O", "H2OEMA", "TOVA", "Custom", "ExpectedAttention", "H2ONorm", "KNorm",
+           "KeyDiff", "Policy", "Random", "Scissorhands", "SinkWindow", "SnapKV", "VLengthH2O"]
 
 
 def number(name, value, owner):
@@ -197,6 +197,28 @@ class CUR(Policy):
 
     def _described(self):
         return "CUR", self.win, 0, False, 0.0, 0
+
+
+class ExpectedAttention(Policy):
+    """s_j = softmax_j(mu.k_j / sqrt(d) + k_j' S k_j / 2d) |v_j|: what queries to come will give.
+
+    If they are drawn like those that came, and normal: the bracket is then the log of a mean
+    weight. mu and S are mean and covariance of all queries so far of the group's heads together,
+    each as if it stood at position 0 (those of the pinned tokens are left out), turned by the mean
+    turn over the next `n_future` positions. With `scale`, that in place of 1 / sqrt(d); a softcap
+    is not in it. Costs n d^2 at each eviction: use `every`. A rope needs positions="original".
+    Source: Devoto et al., "Expected Attention", arXiv 2510.00636, where every query head has a mean
+    of its own.
+    """
+
+    __slots__ = _numbers = ("n_future",)
+    _needs_mass = False
+
+    def __init__(self, n_future=512):
+        self._set(n_future=integer("n_future", n_future, "ExpectedAttention"))
+
+    def _described(self):
+        return "ExpectedAttention", self.n_future, 0, False, 0.0, 0
 
 
 class Random(Policy):

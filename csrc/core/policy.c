@@ -10,7 +10,8 @@
 
 /* own[0], own[1] of each policy:
  *   H2OEMA         decayed mass                   VLengthH2O  score, |v|
- *   KeyDiff, KNorm |k|                            CUR         |k|^2, |v|^2 */
+ *   KeyDiff, KNorm |k|                            CUR         |k|^2, |v|^2
+ *   ExpectedAttention |v| */
 
 enum { MAX_WINDOW = 4096 };
 
@@ -29,6 +30,10 @@ sa_policy_kind sa_policy_named(const char *name)
 sa_status sa_policy_check(const sa_policy *policy, const char *function)
 {
     const char *name = names[policy->kind];
+    const bool future = policy->kind == SA_POLICY_EXPECTED_ATTENTION;
+    if (future && (policy->window < 1 || policy->window > INT32_MAX)) {
+        return sa_fail(SA_VALUE_ERROR, "%s(): the n_future of %s is %" PRId64 ", expected 1 to %d", function, name, policy->window, INT32_MAX);
+    }
     const bool window = policy->kind == SA_POLICY_SCISSORHANDS || policy->kind == SA_POLICY_SNAP_KV || policy->kind == SA_POLICY_CUR;
     if (window && (policy->window < 1 || policy->window > MAX_WINDOW)) {
         return sa_fail(SA_VALUE_ERROR, "%s(): the window of %s is %" PRId64 ", expected 1 to %d", function, name, policy->window, MAX_WINDOW);
@@ -61,9 +66,7 @@ int64_t sa_policy_state_bytes(const sa_policy *policy)
 
 int64_t sa_policy_statistics(const sa_policy *policy, int64_t depth)
 {
-    (void)policy;
-    (void)depth;
-    return 0;
+    return policy->kind == SA_POLICY_EXPECTED_ATTENTION ? 1 + depth + depth * depth : 0; /* how many, their sum, their products' sum */
 }
 
 sa_mass_need sa_policy_need(const sa_policy *policy)
@@ -154,6 +157,7 @@ static void meet_token(const sa_policy *policy, const sa_candidates *all, int64_
     sa_token_state *state = sa_state_of(policy, all, all->held + fresh);
     switch (policy->kind) {
     case SA_POLICY_V_LENGTH_H2O: state->own[1] = sqrt(value_square(all, fresh)); break;
+    case SA_POLICY_EXPECTED_ATTENTION: state->own[0] = sqrt(value_square(all, fresh)); break;
     case SA_POLICY_KEY_DIFF:
     case SA_POLICY_K_NORM: state->own[0] = sqrt(key_square(all, fresh)); break;
     case SA_POLICY_CUR:
@@ -211,10 +215,44 @@ static void observe_query(const sa_policy *policy, const sa_candidates *all, con
     }
 }
 
+/* A pair of columns as a complex number, times re + i im. */
+static void turn_pair(const sa_rope *rope, double *vector, int64_t pair, double re, double im)
+{
+    const int64_t a = rope->interleaved ? 2 * pair : pair, b = rope->interleaved ? 2 * pair + 1 : pair + rope->pairs;
+    const double x = vector[a], y = vector[b];
+    vector[a] = x * re - y * im;
+    vector[b] = y * re + x * im;
+}
+
+/* A query of the part, as if it stood at position 0, into the sums. */
+static void take_query(const sa_candidates *all, int64_t fresh, int64_t head)
+{
+    const int64_t depth = all->depth, position = all->length - all->fresh + fresh;
+    double query[256], *sum = all->statistics + 1, *products = sum + depth;
+    const int64_t offset = head * all->query_head_stride + fresh * all->query_stride;
+    (void)widened(all->dtype, sa_at(all->queries, all->dtype, offset), depth, query);
+    for (int64_t pair = 0; pair < all->rope.pairs && all->turned; pair++) {
+        const double angle = all->rope.inv_freq[pair] * (double)position;
+        turn_pair(&all->rope, query, pair, cos(angle), -sin(angle));
+    }
+    all->statistics[0] += 1.0;
+    for (int64_t i = 0; i < depth; i++) {
+        sum[i] += query[i];
+        for (int64_t j = 0; j < depth; j++) {
+            products[i * depth + j] += query[i] * query[j];
+        }
+    }
+}
+
 void sa_policy_observe(const sa_policy *policy, const sa_candidates *all)
 {
     for (int64_t i = 0; i < all->fresh; i++) {
         meet_token(policy, all, i);
+        for (int64_t head = 0; head < all->group && policy->kind == SA_POLICY_EXPECTED_ATTENTION; head++) {
+            if (all->positions[all->held + i] >= all->pinned) {
+                take_query(all, i, head);
+            }
+        }
     }
     for (int64_t row = 0; row < all->mass_rows && all->tracked; row++) {
         const float *mass = all->mass + row * all->mass_stride;
@@ -323,6 +361,54 @@ static void score_cur(const sa_policy *policy, const sa_candidates *all, double 
     }
 }
 
+/* The mean turn over the next `window` positions, of each pair: re, im [pairs]. A geometric sum. */
+static void mean_turn(const sa_policy *policy, const sa_candidates *all, double *re, double *im)
+{
+    const double count = (double)policy->window, scaling = all->turned ? 1.0 : all->rope.scaling;
+    for (int64_t pair = 0; pair < all->rope.pairs; pair++) {
+        const double half = all->rope.inv_freq[pair] / 2.0, below = sin(half);
+        const double size = fabs(below) > 1e-12 ? sin(count * half) / (count * below) : 1.0;
+        const double angle = all->rope.inv_freq[pair] * (double)all->length + (count - 1.0) * half;
+        re[pair] = scaling * size * cos(angle);
+        im[pair] = scaling * size * sin(angle);
+    }
+}
+
+/* scale mu.k + scale^2 k'Sk / 2 with the mean mu and the covariance S of the queries, turned to the future: the key is turned back. */
+static double expected_logit(const sa_candidates *all, int64_t candidate, const double *re, const double *im)
+{
+    const int64_t depth = all->depth;
+    const double count = fmax(all->statistics[0], 1.0), *sum = all->statistics + 1, *products = sum + depth;
+    double key[256], square = 0.0;
+    (void)widened(all->dtype, key_of(all, candidate), depth, key);
+    for (int64_t pair = 0; pair < all->rope.pairs; pair++) {
+        turn_pair(&all->rope, key, pair, re[pair], -im[pair]);
+    }
+    const double mean = product_of(sum, key, depth) / count;
+    for (int64_t i = 0; i < depth; i++) {
+        square += key[i] * product_of(products + i * depth, key, depth);
+    }
+    return all->scale * mean + all->scale * all->scale * (square / count - mean * mean) / 2.0;
+}
+
+static void score_expected(const sa_policy *policy, const sa_candidates *all, double *scores)
+{
+    const int64_t count = all->held + all->fresh;
+    double re[128], im[128], largest = -INFINITY, sum = 0.0;
+    mean_turn(policy, all, re, im);
+    for (int64_t i = 0; i < count; i++) {
+        scores[i] = expected_logit(all, i, re, im);
+        largest = scores[i] > largest ? scores[i] : largest;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        scores[i] = exp(scores[i] - largest);
+        sum += scores[i];
+    }
+    for (int64_t i = 0; i < count; i++) {
+        scores[i] *= sa_state_of(policy, all, i)->own[0] / sum;
+    }
+}
+
 static uint64_t mixed(uint64_t x)
 {
     x += 0x9e3779b97f4a7c15u;
@@ -360,6 +446,7 @@ void sa_policy_score(const sa_policy *policy, const sa_candidates *all, double *
     case SA_POLICY_TOVA: score_tova(all, scores); return;
     case SA_POLICY_KEY_DIFF: score_key_diff(policy, all, scores); return;
     case SA_POLICY_CUR: score_cur(policy, all, scores); return;
+    case SA_POLICY_EXPECTED_ATTENTION: score_expected(policy, all, scores); return;
     default: break;
     }
     for (int64_t i = 0; i < all->held + all->fresh; i++) {

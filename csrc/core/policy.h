@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "../sinkattn.h"
+#include "rope.h"
 
 /* What a policy asks of the attention pass. */
 typedef enum sa_mass_need {
@@ -35,6 +36,13 @@ typedef struct sa_candidates {
     int64_t mass_rows, mass_stride;
     int64_t head_stride;            /* from a head's mass to the next one's */
     double *scratch;                /* [2 * (held + fresh) + depth] */
+    const void *queries;            /* of the new tokens, as they came: first token, first head of the group */
+    int64_t query_head_stride, query_stride, group;
+    sa_rope rope;                   /* pairs 0: none */
+    bool turned;                    /* queries came turned to their position */
+    int64_t pinned;
+    double scale;
+    double *statistics;             /* [sa_policy_statistics] */
 } sa_candidates;
 
 /* Beside the scores of a policy, every token remembers: */

@@ -356,6 +356,9 @@ static sa_candidates candidates_of(const kv_call *call, const bench *at, int64_t
     const sa_tensor *key = &call->params->key, *value = &call->params->value;
     const int64_t key_offset = row * key->stride[0] + stream % config->heads_kv * key->stride[1] + call->first * key->stride[2];
     const int64_t value_offset = row * value->stride[0] + stream % config->heads_kv * value->stride[1] + call->first * value->stride[2];
+    const sa_tensor *query = &call->params->query;
+    const int64_t group = query->shape[1] / config->heads_kv;
+    const int64_t query_offset = row * query->stride[0] + stream % config->heads_kv * group * query->stride[1] + call->first * query->stride[2];
     memcpy(at->positions, cache->storage.positions + first, (size_t)held * sizeof(int64_t));
     memcpy(at->order, cache->storage.order + first, (size_t)held * sizeof(int32_t));
     for (int64_t i = 0; i < fresh; i++) {
@@ -388,6 +391,15 @@ static sa_candidates candidates_of(const kv_call *call, const bench *at, int64_t
         .mass_stride = call->stride,
         .head_stride = call->mass_rows * call->stride,
         .scratch = at->scratch,
+        .queries = sa_at(call->params->query.data, config->dtype, query_offset),
+        .query_head_stride = call->params->query.stride[1],
+        .query_stride = call->params->query.stride[2],
+        .group = group,
+        .rope = {config->inv_freq, config->inv_freq_count, config->attention_scaling, config->interleaved},
+        .turned = config->applied,
+        .pinned = config->pinned,
+        .scale = call->params->has_scale ? call->params->scale : 1.0 / sqrt((double)config->depth),
+        .statistics = cache->statistics + stream * sa_policy_statistics(&config->policy, config->depth),
     };
 }
 

@@ -11,7 +11,8 @@
  * Learned keys meet every query of every row, pinned keys every query of theirs: one CTA each, which begin first.
  *
  * Not timed yet. By count, shared memory is the limit: at depth 128 backward_keys reads 80 matrices of 512 bytes for 128 mma.sync, as a warp
- * holds 16 keys, and backward_queries 80 for 192. Only problems with a cap, a bias or ALiBi spill registers. */
+ * holds 16 keys, and backward_queries 80 for 192. The calls for caps, biases and ALiBi make ptxas spill some thirty registers a slice in
+ * backward_queries at depth 128 and backward_keys at 64, whether they are made or not: kernels without them would be the first thing to try. */
 #include "backward.cuh"
 #include "multiply.cuh"
 
@@ -170,11 +171,11 @@ __device__ __forceinline__ void add_weighted(uint32_t slice, const score_tile<S:
 
 /* From dot products to scores in log2 units, where more than a factor is between them. */
 template <typename S>
-__device__ __noinline__ score_tile<S::slice> feature_block(const sa_cuda_problem &p, const place &at, const run &r, const meeting m,
+__device__ __noinline__ score_tile<S::slice> feature_block(const sa_cuda_problem &p, int64_t batch, const run &r, const meeting m,
                                                            int warp_row, score_tile<S::slice> scores)
 {
     const int lane = threadIdx.x % 32;
-    const float slope = p.alibi_slopes.given ? number_at(p.alibi_slopes, at.batch, m.head) * log2e : 0.0f;
+    const float slope = p.alibi_slopes.given ? number_at(p.alibi_slopes, batch, m.head) * log2e : 0.0f;
 #pragma unroll
     for (int n = 0; n < S::slice / 8; n++) {
 #pragma unroll
@@ -240,7 +241,7 @@ __device__ __forceinline__ void weigh(const meeting &m, float factor, const sa_c
 
 /* A slice against the tile: everything that it adds. */
 template <typename S>
-__device__ __forceinline__ void meet(const sa_cuda_problem &p, const place &at, const run &r, const meeting &m, const layout<S> &where,
+__device__ __forceinline__ void meet(const sa_cuda_problem &p, int64_t batch, const run &r, const meeting &m, const layout<S> &where,
                                      const char *stage, const sa_cuda_row *passing, const sa_cuda_row (&own)[S::blocks][2], sums<S> &total)
 {
     const int warp_row = threadIdx.x / 32 * 16 * S::blocks;
@@ -255,7 +256,7 @@ __device__ __forceinline__ void meet(const sa_cuda_problem &p, const place &at, 
     if (featured) {
 #pragma unroll
         for (int i = 0; i < S::blocks; i++) {
-            scores[i] = feature_block<S>(p, at, r, m, warp_row + 16 * i, scores[i]);
+            scores[i] = feature_block<S>(p, batch, r, m, warp_row + 16 * i, scores[i]);
         }
     }
     const int least_offset = S::keys_stay ? 1 - S::rows : 1 - S::slice, largest_offset = (S::keys_stay ? S::slice : S::rows) - 1;
@@ -399,13 +400,13 @@ template <typename S> __device__ __forceinline__ void backward_keys(const sa_cud
         const meeting m = next;
         copy_async_wait<0>();
         __syncthreads(); /* the slice is there, and all are done with the one before */
-        const place at = t.at;
+        const int64_t batch = t.at.batch;
         more = next_queries(b, S::slice, t, walk, next);
         if (more) {
             load_queries<S>(b, t, walk, next, where.stages + (step + 1) % 2 * S::stage_bytes, where.passing + (step + 1) % 2 * S::slice);
         }
         copy_async_commit();
-        meet<S>(p, at, t.keys, m, where, where.stages + step % 2 * S::stage_bytes, where.passing + step % 2 * S::slice, none, total);
+        meet<S>(p, batch, t.keys, m, where, where.stages + step % 2 * S::stage_bytes, where.passing + step % 2 * S::slice, none, total);
         if (biased && (!more || next.head != m.head)) {
             store_bias<S>(b, t, m.head, total);
         }
@@ -468,7 +469,7 @@ __device__ __forceinline__ void pass_keys(const sa_cuda_backward &b, const query
         if (r.kind == run_pinned && p.sink_bias.given) {
             clear_removed<S>(p, r, m, stage);
         }
-        meet<S>(p, t.at, r, m, where, stage, nullptr, own, total);
+        meet<S>(p, t.at.batch, r, m, where, stage, nullptr, own, total);
     }
     copy_async_wait<0>();
     __syncthreads();

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXTENSION = Path(_core.__file__)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/semantics.md", "docs/measure.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/semantics.md", "docs/measure.md", "docs/policies.md"])
 def test_code_in_documents_runs(document):
     """Python blocks are executed in one namespace, top to bottom; >>> examples are compared."""
     text = (ROOT / document).read_text()

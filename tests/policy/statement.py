@@ -31,6 +31,9 @@ class Rule:
     def meet(self, key, value):
         return 0.0
 
+    def queries(self, queries, positions, model):
+        pass
+
     def observe(self, query, positions, weights, visible):
         pass
 
@@ -151,6 +154,39 @@ class CUR(Rule):
         return scores
 
 
+class ExpectedAttention(Rule):
+    """The mean turn is a mean over turns, one by one, and the covariance is turned."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.past = []
+
+    def meet(self, key, value):
+        return np.sqrt(np.sum(value.astype(np.float64) ** 2))
+
+    def queries(self, queries, positions, model):
+        rope = model.rope
+        for heads, p in zip(queries.swapaxes(0, 1).astype(np.float64), positions):
+            if rope is not None and rope.applied:
+                heads = reference.rotate(heads, np.full(len(heads), -p), rope, scaled=False)
+            self.past += list(heads) if p >= model.bounds[0]["sinks"] else []
+        self.turn = np.eye(queries.shape[2])
+        if rope is not None:
+            ahead = self.policy.n_future
+            self.turn = np.mean([reference.rotate(self.turn, np.full(len(self.turn), model.length + o),
+                                                  rope, scaled=not rope.applied)
+                                 for o in range(ahead)], axis=0).T
+
+    def judge(self, positions, mass, keys):
+        past = np.array(self.past).reshape(-1, keys.shape[1])
+        mean = self.turn @ (past.mean(axis=0) if len(past) else np.zeros(keys.shape[1]))
+        spread = np.cov(past.T, bias=True) if len(past) else np.zeros(self.turn.shape)
+        depth, keys = keys.shape[1], keys.astype(np.float64)
+        around = np.einsum("nd,de,ne->n", keys, self.turn @ spread @ self.turn.T, keys)
+        x = keys @ mean / np.sqrt(depth) + around / (2 * depth)
+        return np.exp(x - x.max()) / np.exp(x - x.max()).sum() * [self.store[p] for p in positions]
+
+
 class Random(Rule):
     def judge(self, positions, mass, keys):
         stream = _mix(_mix(self.policy.seed + self.row) + self.head)
@@ -215,6 +251,8 @@ class Model:
                                  sink_logits=sink_logits, sink_kv=sink_kv, scale=scale,
                                  softcap=softcap, alibi_slopes=alibi_slopes)[0]
         self.length += q.shape[1]
+        for g, rule in enumerate(self.rules):
+            rule.queries(q[g * group:(g + 1) * group], new, self)
         outs, lses, seen = [], [], []
         for g, held in enumerate(self.tokens):
             for i, p in enumerate(new):

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from sinkattn import KVCache, Rope, pyramid
-from sinkattn.policy import CUR, H2OEMA, TOVA, Custom, KNorm, Random, Scissorhands, SnapKV
+from sinkattn.policy import (
+    CUR,
+    H2OEMA,
+    TOVA,
+    Custom,
+    ExpectedAttention,
+    KNorm,
+    Random,
+    Scissorhands,
+    SnapKV,
+)
 
 X = np.random.default_rng(0).standard_normal((1, 2, 5, 8)).astype(np.float32)
 
@@ -31,6 +41,9 @@ def filled(**keywords):
     ({"rope": Rope.from_theta(8, applied=True), "positions": "slot"}, NotImplementedError,
      r"positions='slot' with a rope that is applied"),
     ({"rope": Rope.from_theta(12)}, ValueError, r"rope has 6 frequencies, expected at most 4"),
+    ({"rope": Rope.from_theta(8), "positions": "slot", "policy": ExpectedAttention()},
+     NotImplementedError, r"positions='slot' with a rope and ExpectedAttention"),
+    ({"policy": ExpectedAttention(0)}, ValueError, r"the n_future of ExpectedAttention is 0"),
     ({"track_mass": 1}, TypeError, r"track_mass is int, expected a bool"),
     ({"budget": 1.5}, ValueError, r"budget is 1.5, expected an int, an int array"),
     ({"budget": float("nan")}, ValueError, r"budget is nan"),

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from statement import Model, held_at, rule_of
 
-from sinkattn import KVCache
+from sinkattn import KVCache, Rope
 from sinkattn.policy import (
     CUR,
     H2O,
     H2OEMA,
     TOVA,
     Custom,
+    ExpectedAttention,
     H2ONorm,
     KeyDiff,
     KNorm,
@@ -70,12 +71,17 @@ def test_kept_sets_are_those_of_the_statement(policy, every, seed=0):
         assert np.array_equal(*out)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=repr)
-def test_kept_sets_with_exact_mass(policy, seed=1):
+TURNS = [None, Rope.from_theta(8), Rope.from_theta(6, interleaved=True, attention_scaling=1.2),
+         Rope.from_theta(8, applied=True, attention_scaling=1.2)]
+
+
+@pytest.mark.parametrize(("policy", "rope"), [(policy, None) for policy in POLICIES] + [
+    (ExpectedAttention(9), rope) for rope in TURNS], ids=repr)
+def test_kept_sets_with_exact_mass(policy, rope, seed=1):
     """Fed the float64 mass the sets are the same: no score here is within rounding of another."""
     random = np.random.default_rng(seed)
-    cache = KVCache(1, 2, 8, policy=policy, budget=20, sinks=1, recent=4, chunk=8)
-    model = Model(2, policy, budget=20, sinks=1, recent=4, chunk=8)
+    made = {"policy": policy, "budget": 20, "sinks": 1, "recent": 4, "chunk": 8, "rope": rope}
+    cache, model = KVCache(1, 2, 8, **made), Model(2, **made)
     for step in range(40):
         q, k, v = (random.standard_normal((1, n, 1 + 9 * (step % 2), 8), np.float32)
                    for n in (4, 2, 2))
