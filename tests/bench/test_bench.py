@@ -136,6 +136,15 @@ def test_generate_of_hugging_face(capsys):
     assert "token/s" in text_report(results)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generate_on_its_own(capsys, dtype):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    assert hugging_face.main(["--quick", "--repeats", "1", "--dtype", dtype]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert float(line.rpartition(" ")[2]) < {"float32": 2e-6, "bfloat16": 8e-3}[dtype]
+
+
 def test_a_wrong_step_of_a_stream_is_seen():
     """The check of generate's first layer must fail on another window."""
     random = np.random.default_rng(2)
