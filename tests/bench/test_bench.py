@@ -124,6 +124,13 @@ def test_unknown_suites_are_refused_with_the_known_ones(capsys):
     assert "no suite nonsense" in error and all(name in error for name in SUITES)
 
 
+def test_steps_by_policy_are_right_and_stand_beside_a_sink_cache(capsys):
+    code, results = run_quick(capsys, "--suite", "policies")
+    assert code == 0 and results["failed"] == []
+    forms = [line["form"] for line in results["lines"]]
+    assert forms[0] == "SinkCache.attend" and "KVCache.attend, H2O" in forms
+
+
 def test_generate_of_hugging_face(capsys):
     """By name alone; where transformers is missing, a sentence in its place."""
     code, results = run_quick(capsys, "--suite", "hf")
