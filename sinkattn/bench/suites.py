@@ -5,9 +5,9 @@ from functools import partial
 
 import numpy as np
 
-from sinkattn import SinkCache, attend, attend_backward
+from sinkattn import KVCache, SinkCache, attend, attend_backward, policy
 
-from . import counts, hugging_face, peers, statement
+from . import counts, peers, statement
 from .machine import MIB
 
 
@@ -317,6 +317,48 @@ def cache_work(lab, name, dtype, count, shape):
     return work
 
 
+STEPPED = [policy.SinkWindow(), policy.H2O(), policy.TOVA(), policy.Scissorhands(),
+           policy.SnapKV(w=8), policy.KeyDiff(), policy.KNorm(), policy.Random()]
+
+
+def policies(lab):
+    """A step of KVCache by policy, beside a SinkCache of the same size; hot: one cache for each."""
+    heads_q, heads_kv, depth, _ = lab.sizes.decode
+    sinks, width = lab.sizes.cache
+    dtype, slots = np.dtype("float32"), sinks + width
+    past = np.empty((2, 1, heads_kv, slots, depth), dtype)
+    fill(past.reshape(-1))
+    q = lab.normal(dtype, 1, heads_q, 1, depth)
+    new = [lab.normal(dtype, 1, heads_kv, 1, depth) for _ in range(2)]
+    work = Work("policies", "policy step fp32",
+                f"KVCache step by policy, {heads_q}/{heads_kv} heads, D {depth}, {slots} tokens, "
+                "fp32", "float32", counts.attention_flops(slots + 1, heads_q, depth),
+                counts.array_bytes(4, past.shape), "read", "byte/s", bound_of("float32", slots))
+
+    def contestant(form, cache, seen):
+        cache.attend(past[0], past[0], past[1])
+
+        def error(_, out):
+            positions = np.array(seen(cache))                      # [heads_kv, tokens]
+            held = [np.take_along_axis(np.concatenate([x[0], y[0]], axis=1),
+                                       np.minimum(positions, slots)[..., None], axis=1)[None]
+                    for x, y in zip(past, new)]
+            return statement.error_of(out, q, *held, count=6)
+        return Contestant("sinkattn", form, type(cache).attend, [(cache, q, *new)], error, hot=True)
+
+    def before_the_last_eviction(cache):
+        return [[*kept, head.departures[-1][0]] for kept, head in
+                zip(cache.kept()[0], cache.ledger.heads[0])]
+    work.contestants = [contestant(
+        "SinkCache.attend", SinkCache(1, heads_kv, depth, sinks=sinks, window=width),
+        lambda cache: [cache.kept()[0]] * heads_kv)]
+    work.contestants += [contestant(
+        f"KVCache.attend, {type(rule).__name__}",
+        KVCache(1, heads_kv, depth, policy=rule, budget=slots, sinks=sinks, recent=width // 4),
+        before_the_last_eviction) for rule in STEPPED]
+    yield work
+
+
 def overhead(lab):
     q, k, v = (lab.normal(np.dtype("float32"), 1, 1, n, 16) for n in (1, 8, 8))
 
@@ -341,6 +383,12 @@ def overhead(lab):
     yield work
 
 
+def generate(lab):
+    from . import hugging_face  # a command of its own too: not imported before it is run
+    yield from hugging_face.works(lab)
+
+
 SUITES = {"prefill": prefill, "window": window, "backward": backward, "linear": linear,
-          "decode": decode, "cache": cache, "overhead": overhead, "hf": hugging_face.works}
-BY_NAME_ONLY = ("hf",)  # it takes transformers and minutes
+          "decode": decode, "cache": cache, "policies": policies, "overhead": overhead,
+          "hf": generate}
+BY_NAME_ONLY = ("policies", "hf")  # the second takes transformers and minutes

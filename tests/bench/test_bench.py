@@ -124,6 +124,13 @@ def test_unknown_suites_are_refused_with_the_known_ones(capsys):
     assert "no suite nonsense" in error and all(name in error for name in SUITES)
 
 
+def test_steps_by_policy_are_right_and_stand_beside_a_sink_cache(capsys):
+    code, results = run_quick(capsys, "--suite", "policies")
+    assert code == 0 and results["failed"] == []
+    forms = [line["form"] for line in results["lines"]]
+    assert forms[0] == "SinkCache.attend" and "KVCache.attend, H2O" in forms
+
+
 def test_generate_of_hugging_face(capsys):
     """By name alone; where transformers is missing, a sentence in its place."""
     code, results = run_quick(capsys, "--suite", "hf")
@@ -134,6 +141,15 @@ def test_generate_of_hugging_face(capsys):
     assert [line["who"] for line in results["lines"]] == ["sinkattn", "torch"]
     assert all(line["rate"] == pytest.approx(8 / line["median_s"]) for line in results["lines"])
     assert "token/s" in text_report(results)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generate_on_its_own(capsys, dtype):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    assert hugging_face.main(["--quick", "--repeats", "1", "--dtype", dtype]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert float(line.rpartition(" ")[2]) < {"float32": 2e-6, "bfloat16": 8e-3}[dtype]
 
 
 def test_a_wrong_step_of_a_stream_is_seen():
