@@ -129,7 +129,7 @@ def mass(q, k, lse, *, row_weights=None, reduce="sum", queries=None, causal=True
     is what `attend(..., return_mass=True)` gives for its own lse. Nothing of size [query_length,
     kv_length] is stored, and every key has one writer: results do not depend on threads.
 
-    Raises as `attend` does; NotImplementedError on CUDA.
+    Raises as `attend` does.
 
     >>> import numpy as np
     >>> q = k = v = np.ones((1, 2, 8, 16), np.float32)

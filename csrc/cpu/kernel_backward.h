@@ -98,7 +98,8 @@ static void delta_task(void *context, int64_t task, sa_worker *worker)
         if (isinf(own)) {
             continue;
         }
-        const float through_lse = from->lse_gradient != NULL ? from->lse_gradient[head * b->lse_gradient_head_stride + i * b->lse_gradient_stride] : 0.0f;
+        const int64_t at = head * b->lse_gradient_head_stride + i * b->lse_gradient_stride;
+        const float through_lse = from->lse_gradient != NULL ? from->lse_gradient[at] : 0.0f;
         lse[i] = (float)((double)own * SA_LOG2E);
         delta[i] = dot_out(b, index, head, i) - through_lse;
         if (from->logit_sums != NULL) {

@@ -11,7 +11,10 @@ FLAGS = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-W
          "-fsanitize=undefined", "-fno-sanitize-recover"]
 
 
-@pytest.mark.parametrize("test, parts", [("test_choose.c", ["csrc/cuda/choose.c"])])
+@pytest.mark.parametrize("test, parts", [
+    ("test_choose.c", ["csrc/cuda/choose.c"]),
+    ("test_select.c", ["csrc/core/select.c", "csrc/core/ledger.c"]),
+])
 def test_c_part(test, parts, tmp_path):
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
