@@ -44,7 +44,7 @@ def compile_core(folder, compiler="gcc", flags=SANITIZE, watched=()):
                if p.name not in known or p.name in kernels]
 
     def one(source):
-        target = Path(folder, source.stem + ".o")
+        target = Path(folder, f"{source.parent.name}_{source.stem}.o")  # a stem may be in both
         more = () if source.name.startswith("reference") else watched
         subprocess.run([compiler, *COMMON, *flags, *more, *have, *kernels.get(source.name, ()), "-c",
                         str(source), "-o", str(target)], check=True)
