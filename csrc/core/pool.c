@@ -119,17 +119,30 @@ void sa_set_threads(int64_t count)
     atomic_store(&thread_count, clamp_i64(count, 1, MAX_THREADS));
 }
 
+/* Time for the poll, and does it say stop? */
+static bool asked_to_stop(sa_poll poll, int64_t *polled_at)
+{
+    const int64_t now = now_nanoseconds();
+    if (now - *polled_at <= POLL_NANOSECONDS) {
+        return false;
+    }
+    *polled_at = now;
+    return poll.stop(poll.context);
+}
+
+sa_status sa_pool_ask(sa_poll poll, int64_t *polled_at)
+{
+    if (*polled_at == 0) {
+        *polled_at = now_nanoseconds();
+    }
+    return poll.stop != NULL && asked_to_stop(poll, polled_at) ? sa_fail(SA_INTERRUPTED, "interrupted") : SA_OK;
+}
+
 bool sa_worker_stopped(const sa_worker *worker)
 {
     sa_job *job = worker->job;
-    if (worker->caller && job->poll.stop != NULL) {
-        const int64_t now = now_nanoseconds();
-        if (now - job->polled_at > POLL_NANOSECONDS) {
-            job->polled_at = now;
-            if (job->poll.stop(job->poll.context)) {
-                atomic_store(&job->stopped, true);
-            }
-        }
+    if (worker->caller && job->poll.stop != NULL && asked_to_stop(job->poll, &job->polled_at)) {
+        atomic_store(&job->stopped, true);
     }
     return atomic_load_explicit(&job->stopped, memory_order_relaxed);
 }

@@ -26,6 +26,10 @@ typedef void (*sa_task)(void *context, int64_t index, sa_worker *worker);
  * the poll asked to stop: the tasks not yet begun were skipped. */
 sa_status sa_pool_run(int64_t count, double flops, int64_t scratch_bytes, sa_task task, void *context, sa_poll poll);
 
+/* For a call of many short jobs, none of which lasts until the poll is due: asked between them, SA_INTERRUPTED where the poll says stop.
+ * *polled_at: 0 at first. */
+sa_status sa_pool_ask(sa_poll poll, int64_t *polled_at);
+
 /* Long tasks ask about every 100 microseconds and return early on true. */
 bool sa_worker_stopped(const sa_worker *worker);
 

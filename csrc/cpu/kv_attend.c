@@ -547,9 +547,11 @@ static sa_status evict_part(kv_call *call)
 static sa_status run_parts(kv_call *call)
 {
     const int64_t tokens = call->params->query.shape[2];
+    int64_t polled_at = 0;
     for (call->first = 0; call->first == 0 || call->first < tokens; call->first += call->most) {
         call->count = min_i64(call->most, tokens - call->first);
         call->first_part = call->first == 0;
+        SA_TRY(sa_pool_ask(call->poll, &polled_at));
         SA_TRY(turn_part(call));
         SA_TRY(attend_part(call));
         SA_TRY(evict_part(call));
