@@ -66,9 +66,10 @@ def growth(call):
 
 
 def assert_no_growth(call):
-    """What leaks does so in every round; what the interpreter keeps once, only in the first."""
+    """What leaks does so in every round; what the interpreter keeps once, only in the first ones (up to
+    86 blocks in the second, seen in a new process)."""
     rounds = []
-    while len(rounds) < 3:
+    while len(rounds) < 8:
         rounds.append(growth(call))
         if rounds[-1][0] <= 20 and rounds[-1][1] <= 8000:
             return
