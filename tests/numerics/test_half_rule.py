@@ -73,3 +73,27 @@ def test_error_of_gradients_is_at_most_twice_that_of_autograd(dtype, feature, ta
     for name, leaf in leaves.items():
         their_error = np.linalg.norm(leaf.grad.double().numpy() - exact[name])
         assert np.linalg.norm(got[name].double().numpy() - exact[name]) <= 2 * their_error, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_error_of_gradients_of_sinks_over_many_draws(dtype, table):
+    """d(sink) is one number a head, whose error in a single draw is a matter of luck, theirs too: root
+    mean square of the relative errors, sinks drawn from [-10, 20]."""
+    generator = torch.Generator().manual_seed(4)
+    errors = []
+    for _ in range(12):
+        q, k, v, dout = (torch.randn(1, h, n, 64, generator=generator).to(dtype)
+                         for h, n in ((4, 60), (2, 100), (2, 100), (4, 60)))
+        sinks = (torch.rand(4, generator=generator) * 30 - 10).to(dtype).requires_grad_()
+        eager(q, k, v, sinks=sinks).backward(dout)
+        given = {"sink_logits": sinks.detach()}
+        out, lse = attend(q, k, v, return_lse=True, **given)
+        got = attend_backward(dout, q, k, v, out, lse, **given)["sink_logits"]
+        wide = [x.double().numpy() for x in (q, k, v)]
+        given = {"sink_logits": sinks.detach().double().numpy()}
+        exact = reference.attend_backward(dout.double().numpy(), *wide,
+                                          *reference.attend(*wide, return_lse=True, **given), **given)["sink_logits"]
+        size = np.linalg.norm(exact)
+        errors.append([np.linalg.norm(x.double().numpy() - exact) / size for x in (got, sinks.grad)])
+    ours, theirs = np.sqrt(np.mean(np.square(errors), 0))
+    assert ours <= 2 * theirs
