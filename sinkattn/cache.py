@@ -66,7 +66,38 @@ def core_of(config, ordinal, storage, keep=False):
         else _cuda_memory(size, ordinal), keep)
 
 
-class SinkCache:
+class CoreCache:
+    """What the caches share: rows, copies, and that none is pickled. `_core` does the work."""
+
+    _name = ""  # in messages
+
+    def reset(self, rows=None):
+        """Empties rows (indices or a bool mask [batch]); all of them by default. Their ledgers
+        too, where a cache has them.
+        """
+        self._core.reset(row_mask(rows, self._numbers["batch"]))
+
+    def reorder(self, index):
+        """Row i becomes what row index[i] was: int [batch], repeats allowed (beams)."""
+        self._core.reorder(index)
+
+    def copy(self):
+        """A cache of its own with the same content."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _core=self._core.copy())
+        return twin
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo):
+        return self.copy()
+
+    def __reduce__(self):
+        raise TypeError(f"{self._name} is not pickled: save state_dict(), which is NumPy arrays, "
+                        "and load_state_dict() it into a new cache")
+
+
+class SinkCache(CoreCache):
     """Pinned sink tokens and a ring of the last `window` tokens, attended in place.
 
     batch, kv_heads, head_dim, v_head_dim : int. v_head_dim defaults to head_dim.
@@ -98,6 +129,8 @@ class SinkCache:
     >>> cache.attend(x, x, x).shape, cache.kept()[0].tolist()
     ((1, 2, 20, 16), [0, 1, 14, 15, 16, 17, 18, 19])
     """
+
+    _name = "SinkCache"
 
     def __init__(self, batch, kv_heads, head_dim, *, v_head_dim=None, sinks=4, window=1020,
                  dtype="float32", device="cpu", rope=None, positions="slot", rollback=0,
@@ -170,14 +203,6 @@ class SinkCache:
         return [np.concatenate([np.arange(p), np.arange(low, max(low, t))])
                 for p, low, t in zip(pinned, lows, self.length)]
 
-    def reset(self, rows=None):
-        """Empties rows (indices or a bool mask [batch]); all of them by default."""
-        self._core.reset(row_mask(rows, self._numbers["batch"]))
-
-    def reorder(self, index):
-        """Row i becomes what row index[i] was: int [batch], repeats allowed (beams)."""
-        self._core.reorder(index)
-
     def crop(self, n):
         """Forgets all but the first n tokens of every row.
 
@@ -185,21 +210,6 @@ class SinkCache:
         construction keeps the last so many tokens undoable.
         """
         self._core.crop(n)
-
-    def copy(self):
-        """A cache of its own with the same content."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _core=self._core.copy())
-        return twin
-
-    __copy__ = copy
-
-    def __deepcopy__(self, memo):
-        return self.copy()
-
-    def __reduce__(self):
-        raise TypeError("SinkCache is not pickled: save state_dict(), which is NumPy arrays, and "
-                        "load_state_dict() it into a new cache")
 
     def _described(self):
         """The construction as NumPy scalars: what a state must have in common with a cache."""

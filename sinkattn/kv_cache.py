@@ -3,7 +3,7 @@
 import numpy as np
 
 from sinkattn import _core
-from sinkattn.cache import check_described, describe_rope, dtype_name, field, integer, row_mask
+from sinkattn.cache import CoreCache, check_described, describe_rope, dtype_name, field, integer
 from sinkattn.ledger import Ledger, head_ledger
 from sinkattn.policy import H2O, ExpectedAttention, Policy, number
 from sinkattn.rope import Rope
@@ -13,7 +13,7 @@ _PARTS = ("keys", "values", "token_positions", "token_states", "held", "length",
           "ledger", "departures", "statistics")
 
 
-class KVCache:
+class KVCache(CoreCache):
     """Keys and values of a stream in a budget of tokens, evicted by a policy.
 
     batch, kv_heads, head_dim, v_head_dim : int. v_head_dim defaults to head_dim.
@@ -45,6 +45,8 @@ class KVCache:
     >>> cache.attend(x, x, x).shape, cache.kept()[0][1].tolist()
     ((1, 2, 20, 16), [0, 1, 2, 3, 16, 17, 18, 19])
     """
+
+    _name = "KVCache"
 
     def __init__(self, batch, kv_heads, head_dim, *, policy=None, budget=1024, sinks=4, recent=64,
                  every=1, chunk=128, v_head_dim=None, dtype="float32", device="cpu", rope=None,
@@ -155,15 +157,6 @@ class KVCache:
              for head, positions in enumerate(heads)]
             for row, (seen, heads) in enumerate(zip(self.length, self.kept()))])
 
-    def reset(self, rows=None):
-        """Empties rows (indices or a bool mask [batch]); all of them by default. Their ledgers too.
-        """
-        self._core.reset(row_mask(rows, self._numbers["batch"]))
-
-    def reorder(self, index):
-        """Row i becomes what row index[i] was: int [batch], repeats allowed (beams)."""
-        self._core.reorder(index)
-
     def crop(self, n):
         """Forgets all but the first n tokens of every row.
 
@@ -171,21 +164,6 @@ class KVCache:
         then gone. The mass that the cropped queries gave to earlier tokens stays counted.
         """
         self._core.crop(n)
-
-    def copy(self):
-        """A cache of its own with the same content."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _core=self._core.copy())
-        return twin
-
-    __copy__ = copy
-
-    def __deepcopy__(self, memo):
-        return self.copy()
-
-    def __reduce__(self):
-        raise TypeError("KVCache is not pickled: save state_dict(), which is NumPy arrays, and "
-                        "load_state_dict() it into a new cache")
 
     def _described(self):
         """The construction as NumPy scalars: what a state must have in common with a cache."""
