@@ -279,18 +279,11 @@ static PyObject *cache_copy(PyObject *self, PyObject *unused)
 static PyObject *cache_reset(PyObject *self, PyObject *mask)
 {
     session at;
-    if (begin(self, "reset", &at) < 0) {
+    const bool *rows;
+    if (sa_parse_rows(mask, ((cache_object *)self)->store.config.batch, &rows) < 0 || begin(self, "reset", &at) < 0) {
         return NULL;
     }
-    const bool valid = mask == Py_None || (PyBytes_Check(mask) && PyBytes_GET_SIZE(mask) == at.cache->store.config.batch);
-    sa_status status = SA_OK;
-    if (valid) {
-        const bool *rows = mask == Py_None ? NULL : (const bool *)PyBytes_AS_STRING(mask);
-        status = sa_cuda_store_reset(&at.cache->store, &at.scope, rows, at.stream);
-    } else {
-        status = sa_fail(SA_VALUE_ERROR, "reset(): expected one flag for each row");
-    }
-    return finish(&at, status);
+    return finish(&at, sa_cuda_store_reset(&at.cache->store, &at.scope, rows, at.stream));
 }
 
 static sa_status reorder(cache_object *before, const session *at, const int64_t *index)
@@ -309,11 +302,7 @@ static PyObject *cache_reorder(PyObject *self, PyObject *index)
     PyObject *done = NULL;
     cache_object *before = NULL;
     call.reads_device = true; /* copies of rows are ordered by the host */
-    if (sa_cast_ints(&call, "index", index, &order) < 0) {
-        goto end;
-    }
-    if (order.data == NULL || order.rank != 1) {
-        PyErr_SetString(PyExc_ValueError, "reorder(): index has another rank, expected [batch]");
+    if (sa_parse_order(&call, index, &order) < 0) {
         goto end;
     }
     const sa_status status = sa_check_cache_index(&((cache_object *)self)->store.config, order.data, order.shape[0]);
@@ -335,13 +324,8 @@ static PyObject *cache_crop(PyObject *self, PyObject *length)
 {
     sa_call call = call_for((cache_object *)self, Py_TYPE(self), "crop");
     int64_t tokens;
-    bool given;
     session at;
-    if (length == Py_None) {
-        PyErr_SetString(PyExc_TypeError, "crop(): n is None, expected an int");
-        return NULL;
-    }
-    if (sa_parse_int(&call, "n", length, &tokens, &given) < 0 || begin(self, "crop", &at) < 0) {
+    if (sa_parse_crop(&call, length, &tokens) < 0 || begin(self, "crop", &at) < 0) {
         return NULL;
     }
     sa_status status;

@@ -289,11 +289,10 @@ static PyObject *kv_reset(PyObject *self, PyObject *mask)
     if (cache == NULL) {
         return NULL;
     }
-    const bool valid = mask == Py_None || (PyBytes_Check(mask) && PyBytes_GET_SIZE(mask) == sa_kv_describe(cache)->batch);
+    const bool *rows;
+    const bool valid = sa_parse_rows(mask, sa_kv_describe(cache)->batch, &rows) == 0;
     if (valid) {
-        sa_kv_reset(cache, mask == Py_None ? NULL : (const bool *)PyBytes_AS_STRING(mask));
-    } else {
-        PyErr_SetString(PyExc_ValueError, "reset(): expected one flag for each row");
+        sa_kv_reset(cache, rows);
     }
     leave(self);
     return valid ? Py_NewRef(Py_None) : NULL;
@@ -304,12 +303,7 @@ static PyObject *kv_reorder(PyObject *self, PyObject *index)
     sa_call call = {.module = PyType_GetModuleState(Py_TYPE(self)), .function = "reorder"};
     sa_ints order = {0};
     sa_status status = SA_OK;
-    bool failed = sa_cast_ints(&call, "index", index, &order) < 0;
-    if (!failed && (order.data == NULL || order.rank != 1)) {
-        PyErr_SetString(PyExc_ValueError, "reorder(): index has another rank, expected [batch]");
-        failed = true;
-    }
-    sa_kv_cache *cache = failed ? NULL : enter(self);
+    sa_kv_cache *cache = sa_parse_order(&call, index, &order) < 0 ? NULL : enter(self);
     if (cache != NULL) {
         status = sa_kv_reorder(cache, order.data, order.shape[0]);
         leave(self);
@@ -323,12 +317,7 @@ static PyObject *kv_crop(PyObject *self, PyObject *length)
 {
     sa_call call = {.module = PyType_GetModuleState(Py_TYPE(self)), .function = "crop"};
     int64_t tokens;
-    bool given;
-    if (length == Py_None) {
-        PyErr_SetString(PyExc_TypeError, "crop(): n is None, expected an int");
-        return NULL;
-    }
-    sa_kv_cache *cache = sa_parse_int(&call, "n", length, &tokens, &given) < 0 ? NULL : enter(self);
+    sa_kv_cache *cache = sa_parse_crop(&call, length, &tokens) < 0 ? NULL : enter(self);
     if (cache == NULL) {
         return NULL;
     }

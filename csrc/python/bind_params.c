@@ -114,6 +114,38 @@ int sa_make_results(sa_call *call, sa_attend_params *params, PyObject *out, bool
     return (lse && results->lse == NULL) || (mass && results->mass == NULL) ? -1 : 0;
 }
 
+int sa_parse_rows(PyObject *mask, int64_t batch, const bool **rows)
+{
+    *rows = PyBytes_Check(mask) ? (const bool *)PyBytes_AS_STRING(mask) : NULL;
+    if (mask != Py_None && (*rows == NULL || PyBytes_GET_SIZE(mask) != batch)) {
+        PyErr_SetString(PyExc_ValueError, "reset(): expected one flag for each row");
+        return -1;
+    }
+    return 0;
+}
+
+int sa_parse_order(sa_call *call, PyObject *index, sa_ints *order)
+{
+    if (sa_cast_ints(call, "index", index, order) < 0) {
+        return -1;
+    }
+    if (order->data == NULL || order->rank != 1) {
+        PyErr_SetString(PyExc_ValueError, "reorder(): index has another rank, expected [batch]");
+        return -1;
+    }
+    return 0;
+}
+
+int sa_parse_crop(sa_call *call, PyObject *length, int64_t *tokens)
+{
+    bool given;
+    if (length == Py_None) {
+        PyErr_SetString(PyExc_TypeError, "crop(): n is None, expected an int");
+        return -1;
+    }
+    return sa_parse_int(call, "n", length, tokens, &given);
+}
+
 PyObject *sa_take_results(sa_call *call, sa_results *results)
 {
     if (!results->out_given) {

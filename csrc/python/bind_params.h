@@ -35,6 +35,11 @@ enum {
 /* clang-format on */
 int sa_parse_cache_call(sa_call *call, PyObject *const *arguments, sa_attend_params *params, sa_like *like);
 
+/* What the other methods of every cache are given. */
+int sa_parse_rows(PyObject *mask, int64_t batch, const bool **rows); /* of reset: bytes, a flag for each row, or None for all (NULL) */
+int sa_parse_order(sa_call *call, PyObject *index, sa_ints *order); /* of reorder: whole numbers [batch] */
+int sa_parse_crop(sa_call *call, PyObject *length, int64_t *tokens);
+
 /* Allocates what is asked for and points params at it. Only after the check. */
 int sa_make_results(sa_call *call, sa_attend_params *params, PyObject *out, bool lse, bool mass, int64_t mass_slots, sa_results *results);
 
