@@ -59,6 +59,6 @@ enum {
 #define SA_BACKWARD_F32_ROWS(depth) ((depth) == 256 ? 16 : 32)
 #define SA_BACKWARD_F32_SHARED(depth)                                                                                             \
     (SA_BACKWARD_SHARED_FACTS + 8 * ((depth) + 4) * (SA_BACKWARD_F32_ROWS(depth) + SA_BACKWARD_F32_SLICE) +                       \
-     8 * SA_BACKWARD_F32_ROWS(depth) * (SA_BACKWARD_F32_SLICE + 1) + 8 * SA_BACKWARD_F32_SLICE)
+     8 * SA_BACKWARD_F32_ROWS(depth) * (SA_BACKWARD_F32_SLICE + 1) + 8 * SA_BACKWARD_F32_ROWS(depth)) /* the last: sa_cuda_row of a slice or tile */
 
 #endif

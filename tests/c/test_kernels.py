@@ -228,6 +228,23 @@ def test_gradients_at_infinite_sinks_are_finite(library, dtype):
     check_gradients(library, random, q, k, k, sink_logits=logits, window=9, sinks=2)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_do_not_feel_rows_of_infinite_lse(library, dtype):
+    """Queries that a sink takes whole, or that see nothing, all NaN: not even where no key is masked."""
+    random = np.random.default_rng(8)
+    q, dout, k = (normal(random, 1, h, 70, 64, dtype=dtype) for h in (2, 2, 1))
+    arguments = {"sink_logits": np.array([np.inf, 0.5], np.float32), "causal": False}
+    out, lse = (x.astype(t) for x, t in zip(reference.attend(q, k, k, return_lse=True, **arguments), (dtype, np.float32)))
+    lse[0, 1, ::7] = -np.inf
+    silent = np.isinf(lse)
+    expected = flat(emulated.attend_backward(library, dout, q, k, k, out, lse, **arguments))
+    q[silent] = dout[silent] = out[silent] = np.nan
+    got = flat(emulated.attend_backward(library, dout, q, k, k, out, lse, **arguments))
+    assert not got["q"][silent].any() and got["k"].any()
+    for name, gradient in expected.items():
+        np.testing.assert_array_equal(got[name], gradient, err_msg=name)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_gradients_do_not_depend_on_strides(library, dtype):
     random = np.random.default_rng(8)

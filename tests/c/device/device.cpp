@@ -106,6 +106,18 @@ static void prepare_fibers(cluster &c)
     }
 }
 
+/* On a device, what lies behind a block's shared memory cannot be written. */
+static void check_blocks(const cluster &c, const sa_cuda_launch &launch)
+{
+    for (const block &b : c.blocks) {
+        const char *end = b.memory.data() + b.memory.size();
+        if (std::count(b.shared + launch.shared, (char *)end, (char)0xff) != end - b.shared - (std::ptrdiff_t)launch.shared) {
+            fprintf(stderr, "a block of kernel %d wrote behind its %u bytes of shared memory\n", launch.kernel, launch.shared);
+            abort();
+        }
+    }
+}
+
 void launch_kernel(const std::function<void()> &kernel, const sa_cuda_launch &launch)
 {
     running = kernel;
@@ -121,6 +133,7 @@ void launch_kernel(const std::function<void()> &kernel, const sa_cuda_launch &la
         turn = idle = 0;
         current = &fibers[order[0]];
         switch_fiber(&caller, current->stack_pointer);
+        check_blocks(c, launch);
     }
 }
 
