@@ -3,10 +3,11 @@
  * A CTA of two warpgroups holds 128 keys and their values; the queries of all heads of the group pass in slices of 64, read once for
  * everything. Scores and products of gradient and value have keys as rows (S^T = K Q^T), so that weights leave the tensor cores as the
  * register factor of dV += P^T dO and dK += dS^T Q. dS crosses shared memory for dQ = dS K, half of whose columns each warpgroup computes and
- * adds to fp32 sums in global memory (red.v4, in the order in which CTAs come: the same bits only up to rounding), while the next slice's
- * scores run. backward_finish turns the sums into the gradient.
+ * adds to fp32 sums in global memory (red.v4, in the order in which CTAs come: the same bits only up to rounding), beside the product for dK.
+ * backward_finish turns the sums into the gradient.
  *   flops = 10 * depth * visible pairs * heads_q * batch
- * Shared memory at depth 128: keys and values 64 KB, three slices 96 KB, dS twice 32 KB.
+ * Shared memory at depth 128: keys and values 64 KB, two slices 64 KB, dS 16 KB. Of a thread's 255 registers 128 hold dK and dV; a dQ that
+ * is still in them when the next scores begin does not fit.
  *
  * Not for: softcap, ALiBi, bias of pinned keys, a second query, rows that are not read in pieces of 16 bytes, or where the same bits are
  * asked for in every run (choose.c sends those to backward_sm80.cu). Not timed yet. */
@@ -60,21 +61,29 @@ __device__ __forceinline__ void add_four(float *to, float a, float b, float c, f
 
 /* --- shared memory ----------------------------------------------------------------------------------------------------------------- */
 
+/* Where the gradient of a slice's queries is summed up. */
+struct sums_at {
+    float *first;
+    int count;
+};
+
 /* Panels of 64 columns: 128-byte rows in 128-byte swizzle. */
 template <int depth> struct one_pass_layout {
     static constexpr uint32_t tile_bytes = one_pass_keys * depth * 2, slice_bytes = one_pass_slice * depth * 2;
     static constexpr uint32_t stage_bytes = 2 * slice_bytes, gradient_bytes = one_pass_keys * one_pass_slice * 2;
     uint32_t keys, values, stages, gradients;
-    sa_cuda_row *passing; /* [3, slice] */
+    sa_cuda_row *passing; /* [2, slice] */
+    sums_at *sums; /* [2] */
     char *stage_memory;
     __device__ one_pass_layout(char *memory)
     {
         keys = shared_address(memory) + SA_BACKWARD_SHARED_FACTS;
         values = keys + tile_bytes;
         stages = values + tile_bytes;
-        gradients = stages + 3 * stage_bytes;
+        gradients = stages + 2 * stage_bytes;
         stage_memory = memory + SA_BACKWARD_SHARED_FACTS + 2 * tile_bytes;
-        passing = (sa_cuda_row *)(memory + SA_BACKWARD_SHARED_FACTS + 2 * tile_bytes + 3 * stage_bytes + 2 * gradient_bytes);
+        passing = (sa_cuda_row *)(memory + SA_BACKWARD_SHARED_FACTS + 2 * tile_bytes + 2 * stage_bytes + gradient_bytes);
+        sums = (sums_at *)(passing + 2 * one_pass_slice);
     }
 };
 
@@ -112,14 +121,8 @@ __device__ __forceinline__ range seen_of(const sa_cuda_problem &p, const key_til
 
 /* --- a slice ----------------------------------------------------------------------------------------------------------------------- */
 
-/* Where the gradient of a slice's queries is summed up. */
-struct sums_at {
-    float *first;
-    int count;
-};
-
 template <int depth>
-__device__ __forceinline__ sums_at load_queries(const sa_cuda_backward &b, const key_tile &t, const query_walk &walk, const meeting &m,
+__device__ __forceinline__ void load_queries(const sa_cuda_backward &b, const key_tile &t, const query_walk &walk, const meeting &m,
                                                 const one_pass_layout<depth> &where, int stage)
 {
     const sa_cuda_problem &p = b.forward;
@@ -131,8 +134,10 @@ __device__ __forceinline__ sums_at load_queries(const sa_cuda_backward &b, const
     if (threadIdx.x < m.count) {
         copy_async_8(shared_address(where.passing + stage * one_pass_slice + threadIdx.x), rows_of(b, batch, m.head, token) + threadIdx.x);
     }
-    const int64_t row = (batch * p.heads_q + m.head) * p.query_length + token;
-    return {(float *)((char *)p.scratch + b.sums_offset) + row * depth, m.count};
+    if (threadIdx.x == 0) {
+        const int64_t row = (batch * p.heads_q + m.head) * p.query_length + token;
+        where.sums[stage] = {(float *)((char *)p.scratch + b.sums_offset) + row * depth, m.count};
+    }
 }
 
 /* The slice has arrived: queries that give nothing to any key may hold anything, and are cleared. Ends with a barrier, behind which the
@@ -282,29 +287,28 @@ template <typename T, int depth> __device__ __forceinline__ void one_pass(const 
     /* along k: 64 rows of this warpgroup; along n: all keys, half of the columns */
     const uint64_t keys_k = describe_panels(where.keys + group * 8192, 16, 1024), values_k = describe_panels(where.values + group * 8192, 16, 1024);
     const uint64_t keys_n = describe_panels(where.keys + (depth == 128 ? group * (one_pass_keys * 128) : group * 64), one_pass_keys * 128, 1024);
-    float key_sums[depth / 2], value_sums[depth / 2], scores[32], gradients[32], query_sums[depth / 4];
+    float key_sums[depth / 2], value_sums[depth / 2];
 #pragma unroll
     for (int i = 0; i < depth / 2; i++) {
         key_sums[i] = value_sums[i] = 0.0f;
     }
     meeting next;
-    sums_at sums_next = {}, sums_before = {};
+    const uint64_t gradients_n = describe_panels(where.gradients, 16, 1024);
     bool more = next_queries(b, one_pass_slice, t, walk, next);
     if (more) {
-        sums_next = load_queries<depth>(b, t, walk, next, where, 0);
+        load_queries<depth>(b, t, walk, next, where, 0);
     }
     copy_async_commit();
-    for (int step = 0, stage = 0; more; step++) {
+    for (int stage = 0; more;) {
         const meeting m = next;
-        const sums_at sums = sums_next;
         const sa_cuda_row *passing = where.passing + stage * one_pass_slice;
         const uint32_t queries = where.stages + stage * L::stage_bytes;
         const uint64_t queries_k = describe_panels(queries, 16, 1024), outputs_k = describe_panels(queries + L::slice_bytes, 16, 1024);
         const uint64_t queries_n = describe_panels(queries, one_pass_slice * 128, 1024),
                        outputs_n = describe_panels(queries + L::slice_bytes, one_pass_slice * 128, 1024);
-        const uint32_t gradients_at = where.gradients + step % 2 * L::gradient_bytes;
         copy_async_wait<0>();
         open_slice<depth>(where, stage, m.count);
+        float scores[32], gradients[32];
         pin(scores);
         pin(gradients);
         products_begin();
@@ -320,18 +324,13 @@ template <typename T, int depth> __device__ __forceinline__ void one_pass(const 
             product<T>(gradients, values_k + panel * (one_pass_keys * 8) + within, outputs_k + panel * (one_pass_slice * 8) + within, k > 0);
         }
         products_commit();
-        stage = stage == 2 ? 0 : stage + 1;
-        more = next_queries(b, one_pass_slice, t, walk, next); /* two slices back, so nobody reads there any more */
+        const int now = stage;
+        stage ^= 1;
+        more = next_queries(b, one_pass_slice, t, walk, next);
         if (more) {
-            sums_next = load_queries<depth>(b, t, walk, next, where, stage);
+            load_queries<depth>(b, t, walk, next, where, stage);
         }
         copy_async_commit();
-        products_wait<2>();
-        if (step > 0) {
-            pin(query_sums);
-            add_queries<depth>(sums_before, query_sums);
-        }
-        sums_before = sums;
         const bool masked = m.count < one_pass_slice || t.count < one_pass_keys || m.low > 1 - one_pass_keys || m.high < one_pass_slice - 1;
         products_wait<1>();
         pin(scores);
@@ -357,32 +356,31 @@ template <typename T, int depth> __device__ __forceinline__ void one_pass(const 
             weigh_gradients<false>(passing, scores, gradients);
         }
         pack_all<T>(gradients, slopes);
-        store_gradients(gradients_at, first_row, slopes);
+        store_gradients(where.gradients, first_row, slopes);
         fence_async();
+        __syncthreads();
+        float query_sums[depth / 4];
+        pin(query_sums);
         pin(key_sums);
         products_begin();
+#pragma unroll
+        for (int k = 0; k < one_pass_keys / 16; k++) {
+            product_along_rows<T>(query_sums, gradients_n + k * 128, keys_n + k * 128, k > 0);
+        }
+        products_commit();
 #pragma unroll
         for (int k = 0; k < one_pass_slice / 16; k++) {
             product<T>(key_sums, &slopes[4 * k], queries_n + k * 128);
         }
         products_commit();
-        __syncthreads();
+        products_wait<1>();
         pin(query_sums);
-        products_begin();
-#pragma unroll
-        for (int k = 0; k < one_pass_keys / 16; k++) {
-            product_along_rows<T>(query_sums, describe_panels(gradients_at, 16, 1024) + k * 128, keys_n + k * 128, k > 0);
-        }
-        products_commit();
+        pin(value_sums);
+        add_queries<depth>(where.sums[now], query_sums);
+        products_wait<0>();
+        pin(key_sums);
     }
     copy_async_wait<0>();
-    products_wait<0>();
-    pin(query_sums);
-    pin(key_sums);
-    pin(value_sums);
-    if (sums_before.first != nullptr) {
-        add_queries<depth>(sums_before, query_sums);
-    }
     const bool learned = t.keys.kind == run_learned;
     const int64_t first = key_row_of(p, t);
     store_keys<T, depth>(learned ? b.sink_key_gradient : b.key_gradient, first, p.depth, t.count, p.scale, key_sums);
