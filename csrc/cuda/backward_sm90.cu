@@ -12,7 +12,7 @@
  * Not for: softcap, ALiBi, bias of pinned keys, a second query, rows that are not read in pieces of 16 bytes, or where the same bits are
  * asked for in every run (choose.c sends those to backward_sm80.cu). Not timed yet. */
 #include "backward.cuh"
-#include "wgmma.cuh"
+#include "wgmma_rows.cuh"
 
 namespace sa
 {
@@ -20,44 +20,6 @@ namespace sa
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr int one_pass_keys = SA_ONE_PASS_KEYS, one_pass_slice = SA_ONE_PASS_SLICE, one_pass_threads = SA_ONE_PASS_THREADS;
-
-/* D (+)= A B, A and B from shared memory, both along their rows: A [k, m], B [k, n]. */
-template <typename T> __device__ __forceinline__ void product_along_rows(float (&d)[32], uint64_t a, uint64_t b, int joined)
-{
-    if constexpr (is_bf16<T>) {
-        asm volatile("{ .reg .pred joined; setp.ne.b32 joined, %34, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SA_D32 "}, %32, %33, joined, 1, 1, 1, 1; }"
-                     : SA_R32(d, 0)
-                     : "l"(a), "l"(b), "r"(joined));
-    } else {
-        asm volatile("{ .reg .pred joined; setp.ne.b32 joined, %34, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" SA_D32 "}, %32, %33, joined, 1, 1, 1, 1; }"
-                     : SA_R32(d, 0)
-                     : "l"(a), "l"(b), "r"(joined));
-    }
-}
-
-#define SA_D16 SA_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-
-template <typename T> __device__ __forceinline__ void product_along_rows(float (&d)[16], uint64_t a, uint64_t b, int joined)
-{
-    if constexpr (is_bf16<T>) {
-        asm volatile("{ .reg .pred joined; setp.ne.b32 joined, %18, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" SA_D16 "}, %16, %17, joined, 1, 1, 1, 1; }"
-                     : SA_R8(d, 0), SA_R8(d, 8)
-                     : "l"(a), "l"(b), "r"(joined));
-    } else {
-        asm volatile("{ .reg .pred joined; setp.ne.b32 joined, %18, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {" SA_D16 "}, %16, %17, joined, 1, 1, 1, 1; }"
-                     : SA_R8(d, 0), SA_R8(d, 8)
-                     : "l"(a), "l"(b), "r"(joined));
-    }
-}
-
-__device__ __forceinline__ void add_four(float *to, float a, float b, float c, float d)
-{
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
 
 /* --- shared memory ----------------------------------------------------------------------------------------------------------------- */
 
@@ -208,7 +170,7 @@ __device__ __forceinline__ void store_gradients(uint32_t target, int first_row, 
     for (int i = 0; i < 16; i++) {
         const int row = first_row + i % 2 * 8;
         const uint32_t to = target + row * 128 + ((i / 2 ^ row % 8) * 16) + lane % 4 * 4;
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(packed[i]) : "memory");
+        store_shared(to, packed[i]);
     }
 }
 
