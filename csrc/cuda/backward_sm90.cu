@@ -14,6 +14,10 @@
 #include "backward.cuh"
 #include "wgmma_rows.cuh"
 
+#ifndef SA_ONE_PASS_AHEAD
+#define SA_ONE_PASS_AHEAD 1
+#endif
+
 namespace sa
 {
 
@@ -34,18 +38,18 @@ template <int depth> struct one_pass_layout {
     static constexpr uint32_t tile_bytes = one_pass_keys * depth * 2, slice_bytes = one_pass_slice * depth * 2;
     static constexpr uint32_t stage_bytes = 2 * slice_bytes, gradient_bytes = one_pass_keys * one_pass_slice * 2;
     uint32_t keys, values, stages, gradients;
-    sa_cuda_row *passing; /* [2, slice] */
-    sums_at *sums; /* [2] */
+    sa_cuda_row *passing; /* [3, slice] */
+    sums_at *sums; /* [3] */
     char *stage_memory;
     __device__ one_pass_layout(char *memory)
     {
         keys = shared_address(memory) + SA_BACKWARD_SHARED_FACTS;
         values = keys + tile_bytes;
         stages = values + tile_bytes;
-        gradients = stages + 2 * stage_bytes;
+        gradients = stages + 3 * stage_bytes;
         stage_memory = memory + SA_BACKWARD_SHARED_FACTS + 2 * tile_bytes;
-        passing = (sa_cuda_row *)(memory + SA_BACKWARD_SHARED_FACTS + 2 * tile_bytes + 2 * stage_bytes + gradient_bytes);
-        sums = (sums_at *)(passing + 2 * one_pass_slice);
+        passing = (sa_cuda_row *)(memory + SA_BACKWARD_SHARED_FACTS + 2 * tile_bytes + 3 * stage_bytes + 2 * gradient_bytes);
+        sums = (sums_at *)(passing + 3 * one_pass_slice);
     }
 };
 
@@ -192,6 +196,43 @@ template <int depth> __device__ __forceinline__ void add_queries(const sums_at &
     }
 }
 
+/* --- products: each a group of its own -------------------------------------------------------------------------------------------- */
+
+/* The warpgroup's keys (or values) against a slice of queries (or gradients of the output). */
+template <typename T, int depth> __device__ __forceinline__ void issue_products(float (&products)[32], uint64_t tile, uint32_t slice)
+{
+    const uint64_t other = describe_panels(slice, 16, 1024);
+#pragma unroll
+    for (int k = 0; k < depth / 16; k++) {
+        const int panel = k / 4, within = k % 4 * 2;
+        product<T>(products, tile + panel * (one_pass_keys * 8) + within, other + panel * (one_pass_slice * 8) + within, k > 0);
+    }
+    products_commit();
+}
+
+/* sums += weights * slice. */
+template <typename T, int depth>
+__device__ __forceinline__ void issue_sums(float (&sums)[depth / 2], const uint32_t (&weights)[16], uint32_t slice)
+{
+    const uint64_t other = describe_panels(slice, one_pass_slice * 128, 1024);
+#pragma unroll
+    for (int k = 0; k < one_pass_slice / 16; k++) {
+        product<T>(sums, &weights[4 * k], other + k * 128);
+    }
+    products_commit();
+}
+
+/* dS K, the warpgroup's columns. */
+template <typename T, int depth> __device__ __forceinline__ void issue_queries(float (&sums)[depth / 4], uint32_t gradients, uint64_t keys)
+{
+    const uint64_t left = describe_panels(gradients, 16, 1024);
+#pragma unroll
+    for (int k = 0; k < one_pass_keys / 16; k++) {
+        product_along_rows<T>(sums, left + k * 128, keys + k * 128, k > 0);
+    }
+    products_commit();
+}
+
 /* --- the kernel -------------------------------------------------------------------------------------------------------------------- */
 
 template <typename T, int depth>
@@ -260,6 +301,90 @@ template <typename T, int depth> __device__ __forceinline__ void one_pass(const 
     if (more) {
         load_queries<depth>(b, t, walk, next, where, 0);
     }
+#if SA_ONE_PASS_AHEAD
+    copy_async_commit();
+    if (more) {
+        float scores[32], gradients[32];
+        uint32_t slopes[16];
+        int stage = 0, step = 0; /* of the slice that is opened */
+        meeting m = next;
+        copy_async_wait<0>();
+        open_slice<depth>(where, 0, m.count);
+        pin(scores);
+        products_begin();
+        issue_products<T, depth>(scores, keys_k, where.stages);
+        for (;; step++) {
+            more = next_queries(b, one_pass_slice, t, walk, next);
+            const int ahead = stage == 2 ? 0 : stage + 1; /* its slice was left before the last barrier */
+            if (more) {
+                load_queries<depth>(b, t, walk, next, where, ahead);
+            }
+            copy_async_commit();
+            const sa_cuda_row *passing = where.passing + stage * one_pass_slice;
+            const uint32_t queries = where.stages + stage * L::stage_bytes;
+            const uint32_t slopes_at = where.gradients + step % 2 * L::gradient_bytes;
+            const bool masked = m.count < one_pass_slice || t.count < one_pass_keys || m.low > 1 - one_pass_keys || m.high < one_pass_slice - 1;
+            pin(gradients);
+            products_begin();
+            issue_products<T, depth>(gradients, values_k, queries + L::slice_bytes);
+            products_wait<1>();
+            pin(scores);
+            if (masked) {
+                weigh_scores<true>(m, t.count, factor, first_row, passing, scores);
+            } else {
+                weigh_scores<false>(m, t.count, factor, first_row, passing, scores);
+            }
+            uint32_t weights[16];
+            pack_all<T>(scores, weights);
+            pin(value_sums);
+            products_begin();
+            issue_sums<T, depth>(value_sums, weights, queries + L::slice_bytes);
+            products_wait<1>();
+            pin(gradients);
+            if (masked) {
+                weigh_gradients<true>(passing, scores, gradients);
+            } else {
+                weigh_gradients<false>(passing, scores, gradients);
+            }
+            pack_all<T>(gradients, slopes);
+            store_gradients(slopes_at, first_row, slopes);
+            products_wait<0>();
+            pin(value_sums);
+            copy_async_wait<0>();
+            if (!more) {
+                break;
+            }
+            m = next;
+            open_slice<depth>(where, ahead, m.count);
+            float query_sums[depth / 4];
+            pin(query_sums);
+            pin(key_sums);
+            pin(scores);
+            products_begin();
+            issue_queries<T, depth>(query_sums, slopes_at, keys_n);
+            issue_sums<T, depth>(key_sums, slopes, queries);
+            issue_products<T, depth>(scores, keys_k, where.stages + ahead * L::stage_bytes);
+            products_wait<2>();
+            pin(query_sums);
+            add_queries<depth>(where.sums[stage], query_sums);
+            products_wait<1>();
+            pin(key_sums);
+            stage = ahead;
+        }
+        fence_async();
+        __syncthreads();
+        float query_sums[depth / 4];
+        pin(query_sums);
+        pin(key_sums);
+        products_begin();
+        issue_queries<T, depth>(query_sums, where.gradients + step % 2 * L::gradient_bytes, keys_n);
+        issue_sums<T, depth>(key_sums, slopes, where.stages + stage * L::stage_bytes);
+        products_wait<0>();
+        pin(query_sums);
+        pin(key_sums);
+        add_queries<depth>(where.sums[stage], query_sums);
+    }
+#else
     copy_async_commit();
     for (int stage = 0; more;) {
         const meeting m = next;
@@ -342,6 +467,7 @@ template <typename T, int depth> __device__ __forceinline__ void one_pass(const 
         products_wait<0>();
         pin(key_sums);
     }
+#endif
     copy_async_wait<0>();
     const bool learned = t.keys.kind == run_learned;
     const int64_t first = key_row_of(p, t);
