@@ -70,7 +70,7 @@ enum {
      8 * SA_BACKWARD_F32_ROWS(depth) * (SA_BACKWARD_F32_SLICE + 1) + 8 * SA_BACKWARD_F32_ROWS(depth)) /* the last: sa_cuda_row of a slice or tile */
 
 #define SA_ONE_PASS_SHARED(depth)                                                                                                 \
-    (SA_BACKWARD_SHARED_FACTS + 4 * (depth) * (SA_ONE_PASS_KEYS + 3 * SA_ONE_PASS_SLICE) + 4 * SA_ONE_PASS_KEYS * SA_ONE_PASS_SLICE +      \
-     24 * SA_ONE_PASS_SLICE + 48)
+    (SA_BACKWARD_SHARED_FACTS + 4 * (depth) * (SA_ONE_PASS_KEYS + 2 * SA_ONE_PASS_SLICE) + 2 * SA_ONE_PASS_KEYS * SA_ONE_PASS_SLICE +      \
+     16 * SA_ONE_PASS_SLICE + 32)
 
 #endif

@@ -10,13 +10,16 @@
  * is still in them when the next scores begin does not fit.
  *
  * Not for: softcap, ALiBi, bias of pinned keys, a second query, rows that are not read in pieces of 16 bytes, or where the same bits are
- * asked for in every run (choose.c sends those to backward_sm80.cu). Not timed yet. */
+ * asked for in every run (choose.c sends those to backward_sm80.cu).
+ *
+ * H200, 2026-11-25, bf16, medians of eight calls, torch's flash and cuDNN of the same run (the flops are those of five products):
+ *   dense causal, N 8192   16/16 D 128   1.88 ms (366 TFLOP/s)   two kernels 5.27, flash 2.72, cuDNN 1.67
+ *                          32/8 D 128    3.58 ms (384)           two kernels 10.55, flash 5.23, cuDNN 2.82
+ *                          16/16 D 64    1.32 ms (261)           two kernels 2.84, flash 1.64, cuDNN 1.04
+ *   4 sinks, window 1024   64/8 D 128    4.75 ms (136)           two kernels 9.79: the CTAs of the pinned keys meet every query and end last
+ * Tried and no faster: scores of the next slice beside dQ and dK, with three slices in shared memory. */
 #include "backward.cuh"
 #include "wgmma_rows.cuh"
-
-#ifndef SA_ONE_PASS_AHEAD
-#define SA_ONE_PASS_AHEAD 1
-#endif
 
 namespace sa
 {
@@ -38,18 +41,18 @@ template <int depth> struct one_pass_layout {
     static constexpr uint32_t tile_bytes = one_pass_keys * depth * 2, slice_bytes = one_pass_slice * depth * 2;
     static constexpr uint32_t stage_bytes = 2 * slice_bytes, gradient_bytes = one_pass_keys * one_pass_slice * 2;
     uint32_t keys, values, stages, gradients;
-    sa_cuda_row *passing; /* [3, slice] */
-    sums_at *sums; /* [3] */
+    sa_cuda_row *passing; /* [2, slice] */
+    sums_at *sums; /* [2] */
     char *stage_memory;
     __device__ one_pass_layout(char *memory)
     {
         keys = shared_address(memory) + SA_BACKWARD_SHARED_FACTS;
         values = keys + tile_bytes;
         stages = values + tile_bytes;
-        gradients = stages + 3 * stage_bytes;
+        gradients = stages + 2 * stage_bytes;
         stage_memory = memory + SA_BACKWARD_SHARED_FACTS + 2 * tile_bytes;
-        passing = (sa_cuda_row *)(memory + SA_BACKWARD_SHARED_FACTS + 2 * tile_bytes + 3 * stage_bytes + 2 * gradient_bytes);
-        sums = (sums_at *)(passing + 3 * one_pass_slice);
+        passing = (sa_cuda_row *)(memory + SA_BACKWARD_SHARED_FACTS + 2 * tile_bytes + 2 * stage_bytes + gradient_bytes);
+        sums = (sums_at *)(passing + 2 * one_pass_slice);
     }
 };
 
@@ -296,121 +299,23 @@ template <typename T, int depth> __device__ __forceinline__ void one_pass(const 
         key_sums[i] = value_sums[i] = 0.0f;
     }
     meeting next;
-    const uint64_t gradients_n = describe_panels(where.gradients, 16, 1024);
     bool more = next_queries(b, one_pass_slice, t, walk, next);
     if (more) {
         load_queries<depth>(b, t, walk, next, where, 0);
     }
-#if SA_ONE_PASS_AHEAD
-    copy_async_commit();
-    if (more) {
-        float scores[32], gradients[32];
-        uint32_t slopes[16];
-        int stage = 0, step = 0; /* of the slice that is opened */
-        meeting m = next;
-        copy_async_wait<0>();
-        open_slice<depth>(where, 0, m.count);
-        pin(scores);
-        products_begin();
-        issue_products<T, depth>(scores, keys_k, where.stages);
-        for (;; step++) {
-            more = next_queries(b, one_pass_slice, t, walk, next);
-            const int ahead = stage == 2 ? 0 : stage + 1; /* its slice was left before the last barrier */
-            if (more) {
-                load_queries<depth>(b, t, walk, next, where, ahead);
-            }
-            copy_async_commit();
-            const sa_cuda_row *passing = where.passing + stage * one_pass_slice;
-            const uint32_t queries = where.stages + stage * L::stage_bytes;
-            const uint32_t slopes_at = where.gradients + step % 2 * L::gradient_bytes;
-            const bool masked = m.count < one_pass_slice || t.count < one_pass_keys || m.low > 1 - one_pass_keys || m.high < one_pass_slice - 1;
-            pin(gradients);
-            products_begin();
-            issue_products<T, depth>(gradients, values_k, queries + L::slice_bytes);
-            products_wait<1>();
-            pin(scores);
-            if (masked) {
-                weigh_scores<true>(m, t.count, factor, first_row, passing, scores);
-            } else {
-                weigh_scores<false>(m, t.count, factor, first_row, passing, scores);
-            }
-            uint32_t weights[16];
-            pack_all<T>(scores, weights);
-            pin(value_sums);
-            products_begin();
-            issue_sums<T, depth>(value_sums, weights, queries + L::slice_bytes);
-            products_wait<1>();
-            pin(gradients);
-            if (masked) {
-                weigh_gradients<true>(passing, scores, gradients);
-            } else {
-                weigh_gradients<false>(passing, scores, gradients);
-            }
-            pack_all<T>(gradients, slopes);
-            store_gradients(slopes_at, first_row, slopes);
-            products_wait<0>();
-            pin(value_sums);
-            copy_async_wait<0>();
-            if (!more) {
-                break;
-            }
-            m = next;
-            open_slice<depth>(where, ahead, m.count);
-            float query_sums[depth / 4];
-            pin(query_sums);
-            pin(key_sums);
-            pin(scores);
-            products_begin();
-            issue_queries<T, depth>(query_sums, slopes_at, keys_n);
-            issue_sums<T, depth>(key_sums, slopes, queries);
-            issue_products<T, depth>(scores, keys_k, where.stages + ahead * L::stage_bytes);
-            products_wait<2>();
-            pin(query_sums);
-            add_queries<depth>(where.sums[stage], query_sums);
-            products_wait<1>();
-            pin(key_sums);
-            stage = ahead;
-        }
-        fence_async();
-        __syncthreads();
-        float query_sums[depth / 4];
-        pin(query_sums);
-        pin(key_sums);
-        products_begin();
-        issue_queries<T, depth>(query_sums, where.gradients + step % 2 * L::gradient_bytes, keys_n);
-        issue_sums<T, depth>(key_sums, slopes, where.stages + stage * L::stage_bytes);
-        products_wait<0>();
-        pin(query_sums);
-        pin(key_sums);
-        add_queries<depth>(where.sums[stage], query_sums);
-    }
-#else
     copy_async_commit();
     for (int stage = 0; more;) {
         const meeting m = next;
         const sa_cuda_row *passing = where.passing + stage * one_pass_slice;
         const uint32_t queries = where.stages + stage * L::stage_bytes;
-        const uint64_t queries_k = describe_panels(queries, 16, 1024), outputs_k = describe_panels(queries + L::slice_bytes, 16, 1024);
-        const uint64_t queries_n = describe_panels(queries, one_pass_slice * 128, 1024),
-                       outputs_n = describe_panels(queries + L::slice_bytes, one_pass_slice * 128, 1024);
         copy_async_wait<0>();
         open_slice<depth>(where, stage, m.count);
         float scores[32], gradients[32];
         pin(scores);
         pin(gradients);
         products_begin();
-#pragma unroll
-        for (int k = 0; k < depth / 16; k++) {
-            const int panel = k / 4, within = k % 4 * 2;
-            product<T>(scores, keys_k + panel * (one_pass_keys * 8) + within, queries_k + panel * (one_pass_slice * 8) + within, k > 0);
-        }
-        products_commit();
-#pragma unroll
-        for (int k = 0; k < depth / 16; k++) {
-            const int panel = k / 4, within = k % 4 * 2;
-            product<T>(gradients, values_k + panel * (one_pass_keys * 8) + within, outputs_k + panel * (one_pass_slice * 8) + within, k > 0);
-        }
-        products_commit();
+        issue_products<T, depth>(scores, keys_k, queries);
+        issue_products<T, depth>(gradients, values_k, queries + L::slice_bytes);
         const int now = stage;
         stage ^= 1;
         more = next_queries(b, one_pass_slice, t, walk, next);
@@ -430,11 +335,7 @@ template <typename T, int depth> __device__ __forceinline__ void one_pass(const 
         pack_all<T>(scores, weights);
         pin(value_sums);
         products_begin();
-#pragma unroll
-        for (int k = 0; k < one_pass_slice / 16; k++) {
-            product<T>(value_sums, &weights[4 * k], outputs_n + k * 128);
-        }
-        products_commit();
+        issue_sums<T, depth>(value_sums, weights, queries + L::slice_bytes);
         products_wait<1>();
         pin(gradients);
         if (masked) {
@@ -450,16 +351,8 @@ template <typename T, int depth> __device__ __forceinline__ void one_pass(const 
         pin(query_sums);
         pin(key_sums);
         products_begin();
-#pragma unroll
-        for (int k = 0; k < one_pass_keys / 16; k++) {
-            product_along_rows<T>(query_sums, gradients_n + k * 128, keys_n + k * 128, k > 0);
-        }
-        products_commit();
-#pragma unroll
-        for (int k = 0; k < one_pass_slice / 16; k++) {
-            product<T>(key_sums, &slopes[4 * k], queries_n + k * 128);
-        }
-        products_commit();
+        issue_queries<T, depth>(query_sums, where.gradients, keys_n);
+        issue_sums<T, depth>(key_sums, slopes, queries);
         products_wait<1>();
         pin(query_sums);
         pin(value_sums);
@@ -467,7 +360,6 @@ template <typename T, int depth> __device__ __forceinline__ void one_pass(const 
         products_wait<0>();
         pin(key_sums);
     }
-#endif
     copy_async_wait<0>();
     const bool learned = t.keys.kind == run_learned;
     const int64_t first = key_row_of(p, t);
