@@ -114,7 +114,8 @@ static void backward_sweep(void)
 static void one_pass(void)
 {
     for (int kind = 0; kind < 9; kind++) {
-        sa_cuda_backward b = {.forward = problem_of(2, 8, 2, kind == 1 ? 64 : kind == 2 ? 192 : 128, 1000, 1500, kind == 3 ? SA_CUDA_F32 : SA_CUDA_BF16)};
+        const int64_t depth = kind == 1 ? 64 : kind == 2 ? 192 : 128;
+        sa_cuda_backward b = {.forward = problem_of(2, 8, 2, depth, 1000, 1500, kind == 3 ? SA_CUDA_F32 : SA_CUDA_BF16)};
         sa_cuda_plan plan;
         b.one_pass = kind != 4;
         b.forward.softcap = kind == 5 ? 30.0f : 0.0f;
