@@ -16,7 +16,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = ROOT / "tests/c/device"
 KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass", "merge", "backward_rows",
-           "backward_f32", "backward_sm80")
+           "backward_f32", "backward_sm80", "backward_sm90")
 NUMBER_TYPES = {"float32": 0, "float16": 1, "float64": 3, "int32": 6, "int64": 7}
 I32, I64, F64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -249,9 +249,11 @@ def mass(library, q, k, lse, *, row_weights=None, reduce="sum", queries=None, **
     return got
 
 
-def attend_backward(library, dout, q, k, v, out, lse, *, dlse=None, **keywords):
+def attend_backward(library, dout, q, k, v, out, lse, *, dlse=None, one_pass=False, **keywords):
     """`sinkattn.attend_backward` by the host's half and the kernels of the device."""
     params, sink_kv = BackwardParams(), keywords.get("sink_kv")
+    params.deterministic = not one_pass
+    ctypes.c_bool.in_dll(library, "has_wgmma").value = one_pass
     keep = params.attend.fill(q, k, v, **keywords)
     given = {"q": q, "k": k, "v": v, **{n: keywords.get(n) for n in (
         "sink_q", "sink_logits", "sink_bias")}}

@@ -80,7 +80,7 @@ __device__ __forceinline__ void weigh_f32(const sa_cuda_problem &p, const place 
         const sa_cuda_row facts = where.passing[query];
         const float dot = dot_of(where.left + row * S::stride, where.slice_left + column * S::stride, p.depth);
         float weight = 0.0f, gradient = 0.0f;
-        if (seen) {
+        if (seen && facts.lse != infinity) {
             weight = exp2f(featured_score(p, r, m.head, m.query + query, slope, least(m.key + key, r.count - 1), dot) - facts.lse);
         }
         if (weight != 0.0f) { /* unseen keys may hold anything */
@@ -170,6 +170,17 @@ __device__ __forceinline__ void store_f32_bias(const sa_cuda_backward &b, const 
     }
 }
 
+/* Queries of a slice that give nothing to any key may hold anything. */
+template <typename S> __device__ void clear_f32_silent(const meeting &m, const f32_layout<S> &where)
+{
+    for (int i = threadIdx.x; i < m.count * S::depth; i += blockDim.x) {
+        if (where.passing[i / S::depth].lse == infinity) {
+            where.slice_left[i / S::depth * S::stride + i % S::depth] = 0.0f;
+            where.slice_right[i / S::depth * S::stride + i % S::depth] = 0.0f;
+        }
+    }
+}
+
 template <int depth> __device__ __forceinline__ void backward_f32_keys(const sa_cuda_backward &b)
 {
     using S = f32_shape<depth, true>;
@@ -200,6 +211,9 @@ template <int depth> __device__ __forceinline__ void backward_f32_keys(const sa_
         if (threadIdx.x < S::slice) {
             where.passing[threadIdx.x] =
                 threadIdx.x < m.count ? rows_of(b, t.at.batch, head, token)[threadIdx.x] : sa_cuda_row{infinity, 0.0f};
+        }
+        if (__syncthreads_or(threadIdx.x < m.count && where.passing[threadIdx.x].lse == infinity)) {
+            clear_f32_silent<S>(m, where);
         }
         meet_f32<S>(p, t.at, t.keys, m, where, bias, total);
     }

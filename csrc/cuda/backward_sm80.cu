@@ -374,6 +374,22 @@ __device__ __forceinline__ void load_queries(const sa_cuda_backward &b, const ke
     }
 }
 
+/* All threads, where the slice has arrived: queries that give nothing to any key may hold anything, and are cleared. Ends with a barrier. */
+template <typename S> __device__ __forceinline__ void clear_silent(const meeting &m, const sa_cuda_row *passing, char *stage)
+{
+    if (!__syncthreads_or(threadIdx.x < m.count && passing[threadIdx.x].lse == infinity)) { /* every thread has copied its own */
+        return;
+    }
+    for (int i = threadIdx.x; i < m.count * (S::depth / 8); i += blockDim.x) {
+        const int row = i / (S::depth / 8), piece = i % (S::depth / 8);
+        if (passing[row].lse == infinity) {
+            *(uint4 *)(stage + piece_at<S::depth>(row, piece)) = make_uint4(0, 0, 0, 0);
+            *(uint4 *)(stage + S::slice_bytes + piece_at<S::depth>(row, piece)) = make_uint4(0, 0, 0, 0);
+        }
+    }
+    __syncthreads();
+}
+
 template <typename S> __device__ __forceinline__ void backward_keys(const sa_cuda_backward &b, int64_t unit)
 {
     const sa_cuda_problem &p = b.forward;
@@ -399,8 +415,8 @@ template <typename S> __device__ __forceinline__ void backward_keys(const sa_cud
     for (int step = 0; more; step++) {
         const meeting m = next;
         copy_async_wait<0>();
-        __syncthreads(); /* the slice is there, and all are done with the one before */
-        const int64_t batch = t.at.batch;
+        clear_silent<S>(m, where.passing + step % 2 * S::slice, where.stages + step % 2 * S::stage_bytes);
+        const int64_t batch = t.at.batch; /* the slice is there, and all are done with the one before */
         more = next_queries(b, S::slice, t, walk, next);
         if (more) {
             load_queries<S>(b, t, walk, next, where.stages + (step + 1) % 2 * S::stage_bytes, where.passing + (step + 1) % 2 * S::slice);
@@ -500,6 +516,14 @@ template <typename S> __device__ __forceinline__ void backward_queries(const sa_
         load_all<S::depth, S::rows>(b, rows_in(second ? second_query_tensor(p) : query_tensor(p), t.at.batch, t.head, token), t.count, p.depth,
                                     where.left);
         pass_keys<S>(b, t, second != 0, where, own, total);
+#pragma unroll
+        for (int n = 0; n < S::depth / 8; n++) { /* rows that give nothing get nothing, whatever they hold */
+#pragma unroll
+            for (int i = 0; i < 4 * S::blocks; i++) {
+                float &sum = total.left[i / 4][n][i % 4];
+                sum = own[i / 4][i % 4 / 2].lse == infinity ? 0.0f : sum;
+            }
+        }
         store_sums<S>(second ? b.sink_query_gradient : b.query_gradient, first, p.depth, t.rows, t.count, p.scale, total.left);
     }
 }

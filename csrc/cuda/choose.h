@@ -12,6 +12,7 @@
  *   mass.cu          mass              per-key mass from lse
  *   backward_rows.cu  backward_rows, backward_numbers       what query rows bring along; gradients of small arrays
  *   backward_sm80.cu  backward_keys_<t>_<d>, backward_queries_<t>_<d>
+ *   backward_sm90.cu  backward_hopper_<t>_<d>, backward_finish_<t>  both in one pass on Hopper, up to depth 128
  *   backward_f32.cu   the same of fp32
  *
  * For every kernel the host sets MAX_DYNAMIC_SHARED_SIZE_BYTES to the device's opt-in limit, and for decode on sm_90

@@ -18,7 +18,7 @@ KEYWORDS = [{}, {"window": 40, "sinks": 4}, {"sink_logits": 0.7, "softcap": 3.0}
 
 def make(torch, *shape, dtype="bfloat16", seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(*shape, device="cuda", generator=generator).to(getattr(torch, dtype))
+    return torch.randn(shape, device="cuda", generator=generator).to(getattr(torch, dtype))
 
 
 def qkv(torch, batch=2, heads=(8, 2), queries=1, keys=300, depth=64, dtype="bfloat16"):
