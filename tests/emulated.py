@@ -72,7 +72,7 @@ class Plan(ctypes.Structure):
 class Facts(ctypes.Structure):
     """sa_cuda_device of csrc/cuda/choose.h."""
 
-    _fields_ = _fields(I32, "capability multiprocessors shared_limit cluster_limit")
+    _fields_ = _fields(I32, "capability multiprocessors shared_limit cluster_limit wgmma")
 
 
 H200 = Facts(90, 132, 232448, 8)

@@ -9,7 +9,8 @@
 enum {
     DECODE,
     PREFILL = DECODE + 6,
-    ATTEND_F32 = PREFILL + 6,
+    HOPPER = PREFILL + 6, /* depth 64 and 128 */
+    ATTEND_F32 = HOPPER + 4,
     ROTATE = ATTEND_F32 + 3,
     COMMIT,
     MASS,
@@ -34,6 +35,10 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"prefill_bf16_64", "prefill_sm80"},
     {"prefill_bf16_128", "prefill_sm80"},
     {"prefill_bf16_256", "prefill_sm80"},
+    {"prefill_hopper_f16_64", "prefill_sm90"},
+    {"prefill_hopper_f16_128", "prefill_sm90"},
+    {"prefill_hopper_bf16_64", "prefill_sm90"},
+    {"prefill_hopper_bf16_128", "prefill_sm90"},
     {"attend_f32_64", "attend_f32"},
     {"attend_f32_128", "attend_f32"},
     {"attend_f32_256", "attend_f32"},
@@ -227,12 +232,33 @@ static bool plan_f32(sa_cuda_problem *p, const sa_cuda_device *device, const out
     return push(plan, ATTEND_F32 + o->bucket, units * p->splits, 32 * SA_F32_WARPS, 1, SA_F32_SHARED(o->depth));
 }
 
-static bool plan_prefill(sa_cuda_problem *p, const outline *o, sa_cuda_plan *plan)
+static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_t size)
 {
+    const int64_t strides = tensor->batch | tensor->head | tensor->token;
+    return tensor->data == NULL || (((uintptr_t)tensor->data | (uintptr_t)(strides * size) | (uintptr_t)(depth * size)) & 15) == 0;
+}
+
+/* Does the Hopper kernel serve a call? It reads 16 bytes at a time, compares dot products before they are scaled, and does to a score
+ * nothing but scale and hide it. Narrow windows, caches, packed and padded rows are left to the other kernel until they are measured. */
+static bool suits_hopper(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *o)
+{
+    const bool featured = p->softcap > 0.0f || p->sink_bias.given || p->alibi_slopes.given || p->sink_query.data != NULL;
+    const bool other = p->cache.keys != NULL || p->sequences > 0 || p->learned > 0 || p->query_lengths.given || p->starts.given;
+    return device->wgmma && o->bucket < 2 && !featured && !other && p->common_window >= 512 && p->aligned &&
+           tensor_in_pieces(&p->query, p->depth, 2) && p->scale > 0.0f;
+}
+
+static bool plan_prefill(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
+{
+    const bool hopper = suits_hopper(p, device, o), bf16 = p->dtype == SA_CUDA_BF16;
+    const int64_t rows = hopper ? SA_HOPPER_ROWS : SA_PREFILL_ROWS, units = units_of(p, o, rows);
     p->splits = 1;
-    p->row_tiles = tiles_of(p, o, SA_PREFILL_ROWS);
-    const int kernel = PREFILL + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
-    return push(plan, kernel, units_of(p, o, SA_PREFILL_ROWS), 32 * SA_PREFILL_WARPS, 1, SA_PREFILL_SHARED(o->depth));
+    p->row_tiles = tiles_of(p, o, rows);
+    if (hopper) {
+        return units <= INT32_MAX && push(plan, HOPPER + (bf16 ? 2 : 0) + o->bucket, min_i64(units, device->multiprocessors),
+                                          SA_HOPPER_THREADS, 1, SA_HOPPER_SHARED(o->depth));
+    }
+    return push(plan, PREFILL + (bf16 ? 3 : 0) + o->bucket, units, 32 * SA_PREFILL_WARPS, 1, SA_PREFILL_SHARED(o->depth));
 }
 
 /* A chunk is turned beforehand unless the decode kernel turns it on its way in. */
@@ -263,12 +289,6 @@ static bool prefers_decode(const sa_cuda_problem *p, const outline *o)
         return p->query_length <= 2 * p->sequences;
     }
     return p->query_length <= 16 || p->query_length * o->group <= 64;
-}
-
-static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_t size)
-{
-    const int64_t strides = tensor->batch | tensor->head | tensor->token;
-    return tensor->data == NULL || (((uintptr_t)tensor->data | (uintptr_t)(strides * size) | (uintptr_t)(depth * size)) & 15) == 0;
 }
 
 static bool reads_pieces(const sa_cuda_problem *p)
@@ -325,7 +345,7 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     } else if (prefers_decode(problem, &o)) {
         fits = fits && plan_decode(problem, device, &o, plan);
     } else {
-        fits = fits && plan_prefill(problem, &o, plan);
+        fits = fits && plan_prefill(problem, device, &o, plan);
     }
     fits = fits && plan_mass(problem, plan);
     if (problem->cache.keys != NULL && !problem->append) {

@@ -152,6 +152,7 @@ static sa_status full_facts(const char *function, const sa_device_scope *scope, 
     }
     *facts = *scope->device;
     facts->cluster_limit = limit;
+    facts->wgmma = sa_device_has_wgmma(scope);
     return SA_OK;
 }
 

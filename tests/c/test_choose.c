@@ -1,4 +1,5 @@
 /* The choice of kernels, without a GPU: what holds for every shape, and the layouts that were measured to be best. Exits 1 at the first failure. */
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -201,6 +202,42 @@ static void pieces_and_windows(void)
     CHECK(p.common_window == 0 && !p.lean);
 }
 
+static bool takes_hopper(sa_cuda_problem p, const sa_cuda_device *device)
+{
+    const sa_cuda_plan plan = plan_of(&p, device);
+    return strncmp(plan.path, "prefill_hopper", 14) == 0;
+}
+
+/* What the kernel for Hopper takes, and each thing that it leaves to the other. */
+static void hopper_prefill(void)
+{
+    sa_cuda_device hopper = h200;
+    hopper.wgmma = 1;
+    sa_cuda_problem plain = problem_of(2, 8, 2, 128, 3000, 3000, SA_CUDA_BF16);
+    plain.scale = 0.1f;
+    CHECK(takes_hopper(plain, &hopper) && !takes_hopper(plain, &h200));
+    sa_cuda_problem p = plain;
+    p.depth = p.depth_v = 192;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.scale = -0.1f;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.window = (sa_cuda_numbers){.value = 1024.0, .given = 1};
+    CHECK(takes_hopper(p, &hopper));
+    p.window.value = 128.0;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.softcap = 3.0f;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.query.data = (void *)(uintptr_t)8;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    make_cache(&p, 4, 1000);
+    CHECK(!takes_hopper(p, &hopper));
+}
+
 static void refuses_endless_grids(void)
 {
     sa_cuda_problem p = problem_of(1LL << 31, 8, 8, 64, 1, 10, SA_CUDA_BF16);
@@ -217,6 +254,7 @@ int main(void)
     cache_launches();
     nothing_to_do();
     pieces_and_windows();
+    hopper_prefill();
     refuses_endless_grids();
     printf("ok\n");
     return 0;

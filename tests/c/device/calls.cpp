@@ -19,7 +19,7 @@ int64_t sa_dtype_size(sa_dtype dtype)
 
 sa_status sa_device_enter(const char *, int, sa_device_scope *scope)
 {
-    static const sa_cuda_device h200 = {90, 132, 232448, 0};
+    static const sa_cuda_device h200 = {90, 132, 232448, 0, 0};
     scope->device = &h200;
     scope->ordinal = 0;
     return SA_OK;
