@@ -238,13 +238,18 @@ static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_
     return tensor->data == NULL || (((uintptr_t)tensor->data | (uintptr_t)(strides * size) | (uintptr_t)(depth * size)) & 15) == 0;
 }
 
+/* Is a score scaled and hidden, and nothing else? */
+static bool is_plain(const sa_cuda_problem *p)
+{
+    return !(p->softcap > 0.0f) && !p->sink_bias.given && !p->alibi_slopes.given && p->sink_query.data == NULL;
+}
+
 /* Does the Hopper kernel serve a call? It reads 16 bytes at a time, compares dot products before they are scaled, and does to a score
  * nothing but scale and hide it. Narrow windows, caches, packed and padded rows are left to the other kernel until they are measured. */
 static bool suits_hopper(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *o)
 {
-    const bool featured = p->softcap > 0.0f || p->sink_bias.given || p->alibi_slopes.given || p->sink_query.data != NULL;
     const bool other = p->cache.keys != NULL || p->sequences > 0 || p->learned > 0 || p->query_lengths.given || p->starts.given;
-    return device->wgmma && o->bucket < 2 && !featured && !other && p->common_window >= 512 && p->aligned &&
+    return device->wgmma && o->bucket < 2 && is_plain(p) && !other && p->common_window >= 512 && p->aligned &&
            tensor_in_pieces(&p->query, p->depth, 2) && p->scale > 0.0f;
 }
 
@@ -395,8 +400,7 @@ static backward_form backward_form_of(int64_t depth, int32_t dtype)
 static bool suits_one_pass(const sa_cuda_backward *b, const outline *o)
 {
     const sa_cuda_problem *p = &b->forward;
-    const bool featured = p->softcap > 0.0f || p->sink_bias.given || p->alibi_slopes.given || p->sink_query.data != NULL;
-    return b->one_pass && p->dtype != SA_CUDA_F32 && o->bucket < 2 && !featured && b->aligned;
+    return b->one_pass && p->dtype != SA_CUDA_F32 && o->bucket < 2 && is_plain(p) && b->aligned;
 }
 
 static void reserve_backward(sa_cuda_backward *b, sa_cuda_plan *plan)
