@@ -253,7 +253,6 @@ def attend_backward(library, dout, q, k, v, out, lse, *, dlse=None, one_pass=Fal
     """`sinkattn.attend_backward` by the host's half and the kernels of the device."""
     params, sink_kv = BackwardParams(), keywords.get("sink_kv")
     params.deterministic = not one_pass
-    ctypes.c_bool.in_dll(library, "has_wgmma").value = one_pass
     keep = params.attend.fill(q, k, v, **keywords)
     given = {"q": q, "k": k, "v": v, **{n: keywords.get(n) for n in (
         "sink_q", "sink_logits", "sink_bias")}}
@@ -268,7 +267,11 @@ def attend_backward(library, dout, q, k, v, out, lse, *, dlse=None, one_pass=Fal
     for name, x in {"dout": dout, "out": out, "lse": lse, "dlse": dlse}.items():
         if x is not None:
             setattr(params, name, HostTensor.of(x))
-    assert library.run_backward(ctypes.byref(params)) == 0 and keep
+    has_wgmma = ctypes.c_bool.in_dll(library, "has_wgmma")
+    has_wgmma.value = one_pass
+    status = library.run_backward(ctypes.byref(params))
+    has_wgmma.value = False  # other calls have no kernels of Hopper here
+    assert status == 0 and keep
     if sink_kv is not None:
         got["sink_kv"] = got.pop("sink_k"), got.pop("sink_v")
     return got
