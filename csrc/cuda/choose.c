@@ -5,12 +5,15 @@
 
 #include "../core/integers.h"
 
+#define COUNT(depth, width, rows, keys, stages, query_tiles) +1
+
 /* Order: f16 and bf16 by depth for decode, then prefill, then the rest. */
 enum {
-    DECODE,
+    FORMS = SA_HOPPER_FORMS(COUNT),
+    DECODE = 0,
     PREFILL = DECODE + 6,
-    HOPPER = PREFILL + 6, /* depth 64 and 128 */
-    ATTEND_F32 = HOPPER + 4,
+    HOPPER = PREFILL + 6,
+    ATTEND_F32 = HOPPER + 2 * FORMS,
     ROTATE = ATTEND_F32 + 3,
     COMMIT,
     MASS,
@@ -35,10 +38,12 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"prefill_bf16_64", "prefill_sm80"},
     {"prefill_bf16_128", "prefill_sm80"},
     {"prefill_bf16_256", "prefill_sm80"},
-    {"prefill_hopper_f16_64", "prefill_sm90"},
-    {"prefill_hopper_f16_128", "prefill_sm90"},
-    {"prefill_hopper_bf16_64", "prefill_sm90"},
-    {"prefill_hopper_bf16_128", "prefill_sm90"},
+#define KERNEL(depth, ...) {"prefill_hopper_f16_" #depth, "prefill_sm90"},
+    SA_HOPPER_FORMS(KERNEL)
+#undef KERNEL
+#define KERNEL(depth, ...) {"prefill_hopper_bf16_" #depth, "prefill_sm90"},
+    SA_HOPPER_FORMS(KERNEL)
+#undef KERNEL
     {"attend_f32_64", "attend_f32"},
     {"attend_f32_128", "attend_f32"},
     {"attend_f32_256", "attend_f32"},
@@ -72,6 +77,10 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"backward_finish_f16", "backward_sm90"},
     {"backward_finish_bf16", "backward_sm90"},
 };
+#define FORM(depth, width, rows, keys, stages, query_tiles) \
+    {depth, width, rows, keys, SA_HOPPER_SHARED(depth, width, rows, keys, stages, query_tiles)},
+const sa_cuda_form sa_cuda_forms[] = {SA_HOPPER_FORMS(FORM)};
+
 const int sa_cuda_kernel_count = sizeof sa_cuda_kernels / sizeof sa_cuda_kernels[0];
 
 /* What a launch needs to know of a problem. */
@@ -244,26 +253,51 @@ static bool is_plain(const sa_cuda_problem *p)
     return !(p->softcap > 0.0f) && !p->sink_bias.given && !p->alibi_slopes.given && p->sink_query.data == NULL;
 }
 
-/* Does the Hopper kernel serve a call? It reads 16 bytes at a time, compares dot products before they are scaled, and does to a score
- * nothing but scale and hide it. Narrow windows, caches, packed and padded rows are left to the other kernel until they are measured. */
-static bool suits_hopper(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *o)
+/* Can the copy engine of Hopper walk a tensor? Axes of more than one element go forwards. */
+static bool is_walked(const sa_cuda_tensor *tensor, int64_t batch, int64_t heads, int64_t tokens)
 {
-    const bool other = p->cache.keys != NULL || p->sequences > 0 || p->learned > 0 || p->query_lengths.given || p->starts.given;
-    return device->wgmma && o->bucket < 2 && is_plain(p) && !other && p->common_window >= 512 && p->aligned &&
-           tensor_in_pieces(&p->query, p->depth, 2) && p->scale > 0.0f;
+    const int64_t stride[3] = {tensor->batch, tensor->head, tensor->token}, count[3] = {batch, heads, tokens};
+    for (int i = 0; i < 3; i++) {
+        if (count[i] > INT32_MAX || (count[i] > 1 && (stride[i] <= 0 || stride[i] >= 1LL << 38))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* The form of the Hopper kernel that serves a call, -1 for none. It compares dot products before they are scaled, and does to a score
+ * nothing but scale and hide it. Narrow windows and caches are left to the other kernel. */
+static int form_of(const sa_cuda_problem *p, const sa_cuda_device *device)
+{
+    const bool other = p->cache.keys != NULL || p->learned > 0 || (p->common_window > 0 && p->common_window < 512);
+    const bool walked = p->aligned && tensor_in_pieces(&p->query, p->depth, 2) && is_walked(&p->query, p->batch, p->heads_q, p->query_length) &&
+                        is_walked(&p->key, p->batch, p->heads_kv, p->kv_length) && is_walked(&p->value, p->batch, p->heads_kv, p->kv_length);
+    if (!device->wgmma || other || !is_plain(p) || !walked || !(p->scale > 0.0f) || p->kv_length == 0) {
+        return -1;
+    }
+    for (int i = 0; i < FORMS; i++) {
+        if (p->depth <= sa_cuda_forms[i].depth && p->depth_v <= sa_cuda_forms[i].width) {
+            return p->group <= sa_cuda_forms[i].rows ? i : -1;
+        }
+    }
+    return -1;
 }
 
 static bool plan_prefill(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
 {
-    const bool hopper = suits_hopper(p, device, o), bf16 = p->dtype == SA_CUDA_BF16;
-    const int64_t rows = hopper ? SA_HOPPER_ROWS : SA_PREFILL_ROWS, units = units_of(p, o, rows);
+    const bool bf16 = p->dtype == SA_CUDA_BF16;
+    plan->form = form_of(p, device);
     p->splits = 1;
-    p->row_tiles = tiles_of(p, o, rows);
-    if (hopper) {
-        return units <= INT32_MAX && push(plan, HOPPER + (bf16 ? 2 : 0) + o->bucket, min_i64(units, device->multiprocessors),
-                                          SA_HOPPER_THREADS, 1, SA_HOPPER_SHARED(o->depth));
+    if (plan->form >= 0) {
+        const sa_cuda_form *form = &sa_cuda_forms[plan->form];
+        const int64_t rows = form->rows / p->group * p->group, units = units_of(p, o, rows);
+        p->row_tiles = tiles_of(p, o, rows);
+        return units <= INT32_MAX && push(plan, HOPPER + (bf16 ? FORMS : 0) + plan->form, min_i64(units, device->multiprocessors),
+                                          SA_HOPPER_THREADS(form->rows), 1, form->shared);
     }
-    return push(plan, PREFILL + (bf16 ? 3 : 0) + o->bucket, units, 32 * SA_PREFILL_WARPS, 1, SA_PREFILL_SHARED(o->depth));
+    p->row_tiles = tiles_of(p, o, SA_PREFILL_ROWS);
+    return push(plan, PREFILL + (bf16 ? 3 : 0) + o->bucket, units_of(p, o, SA_PREFILL_ROWS), 32 * SA_PREFILL_WARPS, 1,
+                SA_PREFILL_SHARED(o->depth));
 }
 
 /* A chunk is turned beforehand unless the decode kernel turns it on its way in. */
@@ -325,7 +359,7 @@ static void summarise(sa_cuda_problem *p)
 
 static void begin(sa_cuda_problem *problem, sa_cuda_plan *plan)
 {
-    *plan = (sa_cuda_plan){.path = "none"};
+    *plan = (sa_cuda_plan){.path = "none", .form = -1};
     problem->splits = 1;
     problem->clustered = problem->append = 0;
     problem->partial_offset = problem->state_offset = problem->row_tiles = 0;

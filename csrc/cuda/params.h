@@ -125,6 +125,24 @@ typedef struct sa_cuda_problem {
     sa_cuda_tensor held_key, held_value; /* where a row's keys lie: the call's tensors, or the cache */
 } sa_cuda_problem;
 
+/* A tensor as Hopper's copy engine sees it: the driver's CUtensorMap. */
+typedef struct sa_cuda_map {
+#ifdef __cplusplus
+    alignas(64)
+#else
+    _Alignas(64)
+#endif
+    uint64_t words[16];
+} sa_cuda_map;
+
+/* What the prefill kernels of Hopper take: a problem, and its tensors as boxes of 64 columns. */
+typedef struct sa_cuda_prefill {
+    sa_cuda_problem problem;
+    sa_cuda_map query;                /* the heads of a group, as many tokens as a tile holds */
+    sa_cuda_map key, value;           /* the keys of a slice */
+    sa_cuda_map few_keys, few_values; /* SA_HOPPER_FEW keys */
+} sa_cuda_prefill;
+
 /* Tiles, known to choose.c and to the kernels. A row of a tile is one query of one head of a group. A slice is what a warp of the decode
  * kernel works on at a time; each warp has a ring of SA_DECODE_STAGES slices of keys and values. */
 enum {
@@ -137,10 +155,7 @@ enum {
     SA_F32_WARPS = 4,
     SA_PREFILL_ROWS = 64,
     SA_PREFILL_WARPS = 4,
-    SA_HOPPER_ROWS = 128,
-    SA_HOPPER_KEYS = 128,
-    SA_HOPPER_STAGES = 2,
-    SA_HOPPER_THREADS = 384, /* a warpgroup copies, two multiply */
+    SA_HOPPER_FEW = 16, /* keys of a small box: the pinned ones, and halves of what is left of a window */
     SA_MASS_KEYS = 64,
     SA_MASS_ROWS = 16,
     SA_MASS_WARPS = 8,
@@ -151,6 +166,13 @@ enum {
 #define SA_DECODE_SLICE(depth) ((depth) == 64 ? 32 : 16) /* keys; depth: 64, 128 or 256 */
 #define SA_PREFILL_KEYS(depth) ((depth) == 256 ? 32 : 64)
 
+/* Forms of the prefill kernel of Hopper, X(depth of queries and keys, of values, rows of a tile, keys of a slice, slices held, tiles of
+ * queries held): a call takes the first that it fits in. A warpgroup multiplies 64 rows, and one more copies. */
+#define SA_HOPPER_FORMS(X)    \
+    X(64, 64, 192, 128, 3, 2) \
+    X(128, 128, 128, 128, 2, 2)
+#define SA_HOPPER_THREADS(rows) (2 * (rows) + 128)
+
 #define SA_CUDA_NO_WINDOW (INT64_MAX / 4)
 
 /* Dynamic shared memory: what is known of the rows of a tile, then queries, keys and values. The decode kernel's rings come on top. */
@@ -159,8 +181,11 @@ enum {
 #define SA_DECODE_SHARED(depth) (SA_DECODE_ROWS_SHARED + 2 * SA_DECODE_ROWS * (depth) * 2)
 #define SA_F32_SHARED(depth) (SA_ROWS_SHARED + 4 * ((SA_F32_ROWS + 2 * SA_F32_KEYS) * ((depth) + 4) + SA_F32_ROWS * (SA_F32_KEYS + 4)))
 #define SA_PREFILL_SHARED(depth) (SA_ROWS_SHARED + 2 * (depth) * (SA_PREFILL_ROWS + 4 * SA_PREFILL_KEYS(depth)))
-#define SA_HOPPER_ROWS_SHARED 11264 /* a multiple of 1024, to which swizzled panels are aligned */
-#define SA_HOPPER_SHARED(depth) (SA_HOPPER_ROWS_SHARED + 2 * (depth) * (SA_HOPPER_ROWS + 2 * SA_HOPPER_STAGES * SA_HOPPER_KEYS))
+#define SA_HOPPER_ROWS_SHARED(rows) ((rows) == 192 ? 14336 : 10240) /* a multiple of 1024, to which swizzled panels are aligned */
+#define SA_HOPPER_PANELS(depth) (((depth) + 63) / 64 * 128)         /* bytes of a row */
+#define SA_HOPPER_SHARED(depth, width, rows, keys, stages, query_tiles)                                       \
+    (SA_HOPPER_ROWS_SHARED(rows) + SA_HOPPER_PANELS(depth) * ((query_tiles) * (rows) + (stages) * (keys)) + \
+     SA_HOPPER_PANELS(width) * (stages) * (keys))
 #define SA_MASS_SHARED_TOTALS(stride) ((4 * (SA_MASS_KEYS + SA_MASS_ROWS) * (stride) + 7) / 8 * 8)
 #define SA_MASS_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS((depth) + 1) + 8 * 32 * SA_MASS_WARPS)
 #define SA_ROTATE_SHARED (2 * 2 * 128 * 4)
@@ -179,5 +204,6 @@ SA_CUDA_ASSERT(offsetof(sa_cuda_problem, cache) == 584, "layout of sa_cuda_probl
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, batch) == 768, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, scratch) == 896, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 1056, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(sizeof(sa_cuda_prefill) == 1088 + 5 * 128, "layout of sa_cuda_prefill");
 
 #endif

@@ -205,7 +205,19 @@ static void pieces_and_windows(void)
 static bool takes_hopper(sa_cuda_problem p, const sa_cuda_device *device)
 {
     const sa_cuda_plan plan = plan_of(&p, device);
-    return strncmp(plan.path, "prefill_hopper", 14) == 0;
+    const bool hopper = strncmp(plan.path, "prefill_hopper", 14) == 0;
+    CHECK(hopper == (plan.form >= 0));
+    if (hopper) {
+        const sa_cuda_form *form = &sa_cuda_forms[plan.form];
+        CHECK(p.depth <= form->depth && p.depth_v <= form->width && form->shared <= device->shared_limit);
+        CHECK(p.row_tiles * (form->rows / p.group) >= p.query_length);
+    }
+    return hopper;
+}
+
+static sa_cuda_tensor dense(int64_t heads, int64_t tokens, int64_t depth)
+{
+    return (sa_cuda_tensor){(void *)(uintptr_t)256, heads * tokens * depth, tokens * depth, depth};
 }
 
 /* What the kernel for Hopper takes, and each thing that it leaves to the other. */
@@ -215,9 +227,13 @@ static void hopper_prefill(void)
     hopper.wgmma = 1;
     sa_cuda_problem plain = problem_of(2, 8, 2, 128, 3000, 3000, SA_CUDA_BF16);
     plain.scale = 0.1f;
+    plain.query = dense(8, 3000, 128);
+    plain.key = plain.value = dense(2, 3000, 128);
     CHECK(takes_hopper(plain, &hopper) && !takes_hopper(plain, &h200));
     sa_cuda_problem p = plain;
-    p.depth = p.depth_v = 192;
+    p.depth = p.depth_v = 64;
+    CHECK(takes_hopper(p, &hopper));
+    p.depth = p.depth_v = 512;
     CHECK(!takes_hopper(p, &hopper));
     p = plain;
     p.scale = -0.1f;
@@ -227,12 +243,30 @@ static void hopper_prefill(void)
     CHECK(takes_hopper(p, &hopper));
     p.window.value = 128.0;
     CHECK(!takes_hopper(p, &hopper));
+    p.window.data = &p; /* on the device, a head each */
+    CHECK(takes_hopper(p, &hopper));
     p = plain;
     p.softcap = 3.0f;
     CHECK(!takes_hopper(p, &hopper));
     p = plain;
     p.query.data = (void *)(uintptr_t)8;
     CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.key.head = 0; /* one for all: the copy engine wants a step */
+    CHECK(!takes_hopper(p, &hopper));
+    p.heads_q = p.heads_kv = 1;
+    CHECK(takes_hopper(p, &hopper));
+    p.value.token = -128;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.heads_q = 2 * 7; /* tiles of 126 rows */
+    CHECK(takes_hopper(p, &hopper));
+    p.heads_q = 2 * 200;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.batch = 1;
+    p.sequences = 5;
+    CHECK(takes_hopper(p, &hopper));
     p = plain;
     make_cache(&p, 4, 1000);
     CHECK(!takes_hopper(p, &hopper));
