@@ -5,7 +5,7 @@
 
 #include "../core/integers.h"
 
-#define COUNT(depth, width, rows, keys, stages, query_tiles) +1
+#define COUNT(...) +1
 
 /* Order: f16 and bf16 by depth for decode, then prefill, then the rest. */
 enum {
@@ -38,10 +38,10 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"prefill_bf16_64", "prefill_sm80"},
     {"prefill_bf16_128", "prefill_sm80"},
     {"prefill_bf16_256", "prefill_sm80"},
-#define KERNEL(depth, ...) {"prefill_hopper_f16_" #depth, "prefill_sm90"},
+#define KERNEL(name, ...) {"prefill_hopper_f16_" #name, "prefill_sm90"},
     SA_HOPPER_FORMS(KERNEL)
 #undef KERNEL
-#define KERNEL(depth, ...) {"prefill_hopper_bf16_" #depth, "prefill_sm90"},
+#define KERNEL(name, ...) {"prefill_hopper_bf16_" #name, "prefill_sm90"},
     SA_HOPPER_FORMS(KERNEL)
 #undef KERNEL
     {"attend_f32_64", "attend_f32"},
@@ -77,8 +77,8 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"backward_finish_f16", "backward_sm90"},
     {"backward_finish_bf16", "backward_sm90"},
 };
-#define FORM(depth, width, rows, keys, stages, query_tiles) \
-    {depth, width, rows, keys, SA_HOPPER_SHARED(depth, width, rows, keys, stages, query_tiles)},
+#define FORM(name, depth, width, rows, keys, stages, query_tiles, featured) \
+    {depth, width, rows, keys, featured, SA_HOPPER_SHARED(depth, width, rows, keys, stages, query_tiles, featured)},
 const sa_cuda_form sa_cuda_forms[] = {SA_HOPPER_FORMS(FORM)};
 
 const int sa_cuda_kernel_count = sizeof sa_cuda_kernels / sizeof sa_cuda_kernels[0];
@@ -265,19 +265,21 @@ static bool is_walked(const sa_cuda_tensor *tensor, int64_t batch, int64_t heads
     return true;
 }
 
-/* The form of the Hopper kernel that serves a call, -1 for none. It compares dot products before they are scaled, and does to a score
- * nothing but scale and hide it. Narrow windows and caches are left to the other kernel. */
+/* The form of the Hopper kernel that serves a call, -1 for none: narrow windows and caches are left to other kernels. The forms that only
+ * scale and hide compare dot products before they are scaled. */
 static int form_of(const sa_cuda_problem *p, const sa_cuda_device *device)
 {
-    const bool other = p->cache.keys != NULL || p->learned > 0 || (p->common_window > 0 && p->common_window < 512);
+    const bool other = p->cache.keys != NULL || p->learned > 0 || p->kv_length == 0 || p->group > SA_HOPPER_HEADS ||
+                       (p->common_window > 0 && p->common_window < 512) || (p->sink_bias.given && p->pinned > SA_HOPPER_FEW);
     const bool walked = p->aligned && tensor_in_pieces(&p->query, p->depth, 2) && is_walked(&p->query, p->batch, p->heads_q, p->query_length) &&
-                        is_walked(&p->key, p->batch, p->heads_kv, p->kv_length) && is_walked(&p->value, p->batch, p->heads_kv, p->kv_length);
-    if (!device->wgmma || other || !is_plain(p) || !walked || !(p->scale > 0.0f) || p->kv_length == 0) {
-        return -1;
-    }
-    for (int i = 0; i < FORMS; i++) {
-        if (p->depth <= sa_cuda_forms[i].depth && p->depth_v <= sa_cuda_forms[i].width) {
-            return p->group <= sa_cuda_forms[i].rows ? i : -1;
+                        is_walked(&p->key, p->batch, p->heads_kv, p->kv_length) && is_walked(&p->value, p->batch, p->heads_kv, p->kv_length) &&
+                        (p->sink_query.data == NULL || (tensor_in_pieces(&p->sink_query, p->depth, 2) &&
+                                                        is_walked(&p->sink_query, p->batch, p->heads_q, p->query_length)));
+    const bool featured = !is_plain(p) || !(p->scale > 0.0f);
+    for (int i = 0; device->wgmma && !other && walked && i < FORMS; i++) {
+        const sa_cuda_form *form = &sa_cuda_forms[i];
+        if (form->featured == featured && p->depth <= form->depth && p->depth_v <= form->width) {
+            return i;
         }
     }
     return -1;

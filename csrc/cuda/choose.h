@@ -5,8 +5,7 @@
  *
  *   decode.cu        decode_<t>_<d>    few query rows: keys split over CTAs; with `append` the whole streaming step
  *   prefill_sm80.cu  prefill_<t>_<d>   many query rows
- *   prefill_sm90.cu  prefill_hopper_<t>_<d>  the same on Hopper, in the forms of params.h and without what changes a score; it takes one
- *                                      sa_cuda_prefill
+ *   prefill_sm90.cu  prefill_hopper_<t>_<form>  the same on Hopper, in the forms of params.h; it takes one sa_cuda_prefill
  *   attend_f32.cu    attend_f32_<d>    fp32, both
  *   cache.cu         cache_rotate      rotates a chunk into scratch
  *                    cache_commit      writes a chunk into the slots and advances lengths and lows
@@ -58,7 +57,7 @@ typedef struct sa_cuda_plan {
 
 /* A form of the prefill kernel of Hopper (params.h). */
 typedef struct sa_cuda_form {
-    int32_t depth, width, rows, keys, shared;
+    int32_t depth, width, rows, keys, featured, shared;
 } sa_cuda_form;
 
 extern const sa_cuda_form sa_cuda_forms[];

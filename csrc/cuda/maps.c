@@ -34,13 +34,22 @@ static sa_status encode_keys(const char *function, const sa_cuda_problem *p, con
     return encode(function, p, keys->data, &a, to);
 }
 
+static sa_status encode_queries(const char *function, const sa_cuda_form *form, const sa_cuda_problem *p, const sa_cuda_tensor *queries,
+                                sa_cuda_map *to)
+{
+    const axes a = {{p->depth, p->heads_q, p->query_length, p->batch},
+                    {1, queries->head, queries->token, queries->batch},
+                    {64, p->group, form->rows / p->group, 1}};
+    return encode(function, p, queries->data, &a, to);
+}
+
 sa_status sa_device_map(const char *function, const sa_cuda_form *form, sa_cuda_prefill *prefill)
 {
     const sa_cuda_problem *p = &prefill->problem;
-    const axes queries = {{p->depth, p->heads_q, p->query_length, p->batch},
-                          {1, p->query.head, p->query.token, p->query.batch},
-                          {64, p->group, form->rows / p->group, 1}};
-    SA_TRY(encode(function, p, p->query.data, &queries, &prefill->query));
+    SA_TRY(encode_queries(function, form, p, &p->query, &prefill->query));
+    if (p->sink_query.data != NULL) {
+        SA_TRY(encode_queries(function, form, p, &p->sink_query, &prefill->second_query));
+    }
     SA_TRY(encode_keys(function, p, &p->key, p->depth, form->keys, &prefill->key));
     SA_TRY(encode_keys(function, p, &p->value, p->depth_v, form->keys, &prefill->value));
     SA_TRY(encode_keys(function, p, &p->key, p->depth, SA_HOPPER_FEW, &prefill->few_keys));

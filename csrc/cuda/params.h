@@ -138,7 +138,7 @@ typedef struct sa_cuda_map {
 /* What the prefill kernels of Hopper take: a problem, and its tensors as boxes of 64 columns. */
 typedef struct sa_cuda_prefill {
     sa_cuda_problem problem;
-    sa_cuda_map query;                /* the heads of a group, as many tokens as a tile holds */
+    sa_cuda_map query, second_query;  /* the heads of a group, as many tokens as a tile holds; the second where it is given */
     sa_cuda_map key, value;           /* the keys of a slice */
     sa_cuda_map few_keys, few_values; /* SA_HOPPER_FEW keys */
 } sa_cuda_prefill;
@@ -155,6 +155,7 @@ enum {
     SA_F32_WARPS = 4,
     SA_PREFILL_ROWS = 64,
     SA_PREFILL_WARPS = 4,
+    SA_HOPPER_HEADS = 64, /* of a group, at most */
     SA_HOPPER_FEW = 16, /* keys of a small box: the pinned ones, and halves of what is left of a window */
     SA_MASS_KEYS = 64,
     SA_MASS_ROWS = 16,
@@ -166,11 +167,14 @@ enum {
 #define SA_DECODE_SLICE(depth) ((depth) == 64 ? 32 : 16) /* keys; depth: 64, 128 or 256 */
 #define SA_PREFILL_KEYS(depth) ((depth) == 256 ? 32 : 64)
 
-/* Forms of the prefill kernel of Hopper, X(depth of queries and keys, of values, rows of a tile, keys of a slice, slices held, tiles of
- * queries held): a call takes the first that it fits in. A warpgroup multiplies 64 rows, and one more copies. */
-#define SA_HOPPER_FORMS(X)    \
-    X(64, 64, 192, 128, 3, 2) \
-    X(128, 128, 128, 128, 2, 2)
+/* Forms of the prefill kernel of Hopper, X(name, depth of queries and keys, of values, rows of a tile, keys of a slice, slices held, tiles
+ * of queries held, scores are more than scaled and hidden): a call takes the first that it fits in. A warpgroup multiplies 64 rows, and one
+ * more copies. */
+#define SA_HOPPER_FORMS(X)                          \
+    X(64, 64, 64, 192, 128, 3, 2, 0)                \
+    X(128, 128, 128, 128, 128, 2, 2, 0)             \
+    X(featured_64, 64, 64, 192, 128, 3, 1, 1)       \
+    X(featured_128, 128, 128, 128, 128, 2, 1, 1)
 #define SA_HOPPER_THREADS(rows) (2 * (rows) + 128)
 
 #define SA_CUDA_NO_WINDOW (INT64_MAX / 4)
@@ -181,10 +185,10 @@ enum {
 #define SA_DECODE_SHARED(depth) (SA_DECODE_ROWS_SHARED + 2 * SA_DECODE_ROWS * (depth) * 2)
 #define SA_F32_SHARED(depth) (SA_ROWS_SHARED + 4 * ((SA_F32_ROWS + 2 * SA_F32_KEYS) * ((depth) + 4) + SA_F32_ROWS * (SA_F32_KEYS + 4)))
 #define SA_PREFILL_SHARED(depth) (SA_ROWS_SHARED + 2 * (depth) * (SA_PREFILL_ROWS + 4 * SA_PREFILL_KEYS(depth)))
-#define SA_HOPPER_ROWS_SHARED(rows) ((rows) == 192 ? 14336 : 10240) /* a multiple of 1024, to which swizzled panels are aligned */
+#define SA_HOPPER_STATE 4096 /* a multiple of 1024, to which swizzled panels are aligned */
 #define SA_HOPPER_PANELS(depth) (((depth) + 63) / 64 * 128)         /* bytes of a row */
-#define SA_HOPPER_SHARED(depth, width, rows, keys, stages, query_tiles)                                       \
-    (SA_HOPPER_ROWS_SHARED(rows) + SA_HOPPER_PANELS(depth) * ((query_tiles) * (rows) + (stages) * (keys)) + \
+#define SA_HOPPER_SHARED(depth, width, rows, keys, stages, query_tiles, featured)                                              \
+    (SA_HOPPER_STATE + SA_HOPPER_PANELS(depth) * ((featured ? 2 : 1) * (query_tiles) * (rows) + (stages) * (keys)) + \
      SA_HOPPER_PANELS(width) * (stages) * (keys))
 #define SA_MASS_SHARED_TOTALS(stride) ((4 * (SA_MASS_KEYS + SA_MASS_ROWS) * (stride) + 7) / 8 * 8)
 #define SA_MASS_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS((depth) + 1) + 8 * 32 * SA_MASS_WARPS)
@@ -204,6 +208,6 @@ SA_CUDA_ASSERT(offsetof(sa_cuda_problem, cache) == 584, "layout of sa_cuda_probl
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, batch) == 768, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, scratch) == 896, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 1056, "layout of sa_cuda_problem");
-SA_CUDA_ASSERT(sizeof(sa_cuda_prefill) == 1088 + 5 * 128, "layout of sa_cuda_prefill");
+SA_CUDA_ASSERT(sizeof(sa_cuda_prefill) == 1088 + 6 * 128, "layout of sa_cuda_prefill");
 
 #endif

@@ -67,16 +67,16 @@ __device__ __forceinline__ int64_t reduce_least(int64_t value)
     return value;
 }
 
-/* Rows and runs of a tile whose place is known; `most_rows` where it holds fewer than it could. All lanes of a warp. */
+/* Rows and runs of a tile whose place is known. All lanes of a warp. */
 template <int row_limit>
 __device__ __forceinline__ void fill_tile(const sa_cuda_problem &p, const place &at, int64_t first_row, int kv_head, int slice,
-                                          tile<row_limit> &t, int most_rows = row_limit)
+                                          tile<row_limit> &t)
 {
     const int lane = threadIdx.x % 32;
     const uint32_t group = (uint32_t)p.heads_q / (uint32_t)p.heads_kv;
     const uint32_t first_token = first_row >> 32 == 0 ? (uint32_t)first_row / group : (uint32_t)((uint64_t)first_row / group),
                    first_head = (uint32_t)(first_row - (int64_t)first_token * group);
-    const int rows = (int)clamp(at.query_total * group - first_row, 0, most_rows),
+    const int rows = (int)clamp(at.query_total * group - first_row, 0, row_limit),
               real = (int)clamp(at.query_count * group - first_row, 0, rows);
     int64_t window_low = no_window, window_high = 0; /* high negated */
     for (int i = lane; i < rows; i += 32) {
@@ -220,16 +220,15 @@ __device__ __forceinline__ void fill_lean_tile(const sa_cuda_problem &p, int64_t
 
 /* Fills the tile of a unit: (row, kv head, tile) or, packed, (tile, kv head). False where there is no such tile. All lanes of a warp.
  * `slice`: keys that the kernel takes at a time. */
-template <int row_limit>
-__device__ __forceinline__ bool find_tile(const sa_cuda_problem &p, uint32_t unit, int slice, tile<row_limit> &t, int most_rows = row_limit)
+template <int row_limit> __device__ __forceinline__ bool find_tile(const sa_cuda_problem &p, uint32_t unit, int slice, tile<row_limit> &t)
 {
     const uint32_t heads = (uint32_t)p.heads_kv, tiles = (uint32_t)p.row_tiles; /* a grid is smaller than 2^31 */
     const uint32_t head = p.sequences > 0 ? unit % heads : unit / tiles % heads;
     int64_t index = p.sequences > 0 ? unit / heads : unit % tiles, row = unit / tiles / heads;
-    const bool exists = p.sequences == 0 || find_sequence(p, (uint32_t)p.heads_q / heads, most_rows, index, row);
+    const bool exists = p.sequences == 0 || find_sequence(p, (uint32_t)p.heads_q / heads, row_limit, index, row);
     if (exists) {
         const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
-        fill_tile(p, at, index * most_rows, (int)head, slice, t, most_rows);
+        fill_tile(p, at, index * row_limit, (int)head, slice, t);
     }
     return exists;
 }

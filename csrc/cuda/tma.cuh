@@ -95,6 +95,7 @@ template <typename T, int n> struct wide_product;
 #define SA_O8(d, i)                                                                                                                        \
     "=&f"(d[i]), "=&f"(d[i + 1]), "=&f"(d[i + 2]), "=&f"(d[i + 3]), "=&f"(d[i + 4]), "=&f"(d[i + 5]), "=&f"(d[i + 6]), "=&f"(d[i + 7])
 #define SA_O32(d, i) SA_O8(d, i), SA_O8(d, i + 8), SA_O8(d, i + 16), SA_O8(d, i + 24)
+#define SA_G8(d) SA_R8(d, 0)
 #define SA_G24(d) SA_R8(d, 0), SA_R8(d, 8), SA_R8(d, 16)
 #define SA_G32(d) SA_R32(d, 0)
 #define SA_G40(d) SA_R32(d, 0), SA_R8(d, 32)
@@ -106,6 +107,7 @@ template <typename T, int n> struct wide_product;
 #define SA_G88(d) SA_G80(d), SA_R8(d, 80)
 #define SA_G96(d) SA_R64(d), SA_R32(d, 64)
 #define SA_G128(d) SA_R64(d), SA_R32(d, 64), SA_R32(d, 96)
+#define SA_N8(d) SA_O8(d, 0)
 #define SA_N24(d) SA_O8(d, 0), SA_O8(d, 8), SA_O8(d, 16)
 #define SA_N32(d) SA_O32(d, 0)
 #define SA_N40(d) SA_O32(d, 0), SA_O8(d, 32)
@@ -120,6 +122,7 @@ template <typename T, int n> struct wide_product;
 #define SA_L4 SA_T0 ", " SA_T1 ", " SA_T2 ", " SA_T3
 #define SA_L8 SA_L4 ", " SA_T4 ", " SA_T5 ", " SA_T6 ", " SA_T7
 
+SA_WIDE(16, (SA_T0), SA_N8, SA_G8, "8", "9", "10", "11", "12")
 SA_WIDE(48, (SA_T0 ", " SA_T1 ", " SA_T2), SA_N24, SA_G24, "24", "25", "26", "27", "28")
 SA_WIDE(64, (SA_L4), SA_N32, SA_G32, "32", "33", "34", "35", "36")
 SA_WIDE(80, (SA_L4 ", " SA_T4), SA_N40, SA_G40, "40", "41", "42", "43", "44")

@@ -215,6 +215,12 @@ static bool takes_hopper(sa_cuda_problem p, const sa_cuda_device *device)
     return hopper;
 }
 
+static bool is_featured(sa_cuda_problem p, const sa_cuda_device *device)
+{
+    const sa_cuda_plan plan = plan_of(&p, device);
+    return strncmp(plan.path, "prefill_hopper_bf16_featured", 28) == 0 && sa_cuda_forms[plan.form].featured;
+}
+
 static sa_cuda_tensor dense(int64_t heads, int64_t tokens, int64_t depth)
 {
     return (sa_cuda_tensor){(void *)(uintptr_t)256, heads * tokens * depth, tokens * depth, depth};
@@ -236,8 +242,8 @@ static void hopper_prefill(void)
     p.depth = p.depth_v = 512;
     CHECK(!takes_hopper(p, &hopper));
     p = plain;
-    p.scale = -0.1f;
-    CHECK(!takes_hopper(p, &hopper));
+    p.scale = -0.1f; /* dot products cannot be compared before they are scaled */
+    CHECK(takes_hopper(p, &hopper) && is_featured(p, &hopper) && !is_featured(plain, &hopper));
     p = plain;
     p.window = (sa_cuda_numbers){.value = 1024.0, .given = 1};
     CHECK(takes_hopper(p, &hopper));
@@ -247,6 +253,17 @@ static void hopper_prefill(void)
     CHECK(takes_hopper(p, &hopper));
     p = plain;
     p.softcap = 3.0f;
+    CHECK(is_featured(p, &hopper));
+    p.softcap = 0.0f;
+    p.sink_bias = (sa_cuda_numbers){.value = 1.0, .given = 1};
+    p.pinned = 16;
+    CHECK(is_featured(p, &hopper));
+    p.pinned = 17; /* one by one */
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.sink_query = dense(8, 3000, 128);
+    CHECK(is_featured(p, &hopper));
+    p.sink_query.token = 0;
     CHECK(!takes_hopper(p, &hopper));
     p = plain;
     p.query.data = (void *)(uintptr_t)8;
