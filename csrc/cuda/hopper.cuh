@@ -8,7 +8,7 @@
 namespace sa
 {
 
-constexpr int few = SA_HOPPER_FEW, small_keys = 3 * few;
+constexpr int few = SA_HOPPER_FEW, small_keys = 3 * few, hopper_tiles = 3, hopper_far = 1 << 29;
 
 /* Sizes of a kernel: rows of a tile, depth of queries and keys and of values, keys of a slice, slices and tiles of queries held; and whether
  * scores are more than scaled and hidden. */
@@ -28,24 +28,34 @@ struct group_tile {
     run_list list;
     range seen[max_runs]; /* by any row */
     range all[max_runs];  /* by every real row */
-    int64_t window[SA_HOPPER_HEADS];
+    int window[SA_HOPPER_HEADS];
     float slope[SA_HOPPER_HEADS], sink[SA_HOPPER_HEADS]; /* log2 units */
-    int first_token, kv_head, rows, real;                /* rows: in the tile, padded queries with them; real: the others */
+    int first_token, kv_head, rows, real; /* rows: in the tile, padded queries with them; real: the others */
+
+    /* what is done with it: runs of the pinned keys and of the others, -1 for none, and their whole slices */
+    int pinned, plain, pinned_whole, whole;
+    int slices;                       /* of the consumers, at least one; -1 after the last tile */
+    int small;                        /* is there a small slice? */
+    int64_t high, few_low;            /* end of what the whole slices hold; first key of a small one */
+    int edge, start, end;             /* from `high` on: how far row 0 sees, and the run of plain keys */
+    int pinned_edge, pinned_end;      /* the same of the pinned keys, from the first of them on */
+    int64_t widest;                   /* window of the group's heads */
+    range seen_by_row, pinned_by_row; /* tokens that some query of the row sees: by a window, or as pinned ones */
 };
 
-/* What the consumers have to know of a slice. Of a small one: runs of the pinned keys and of the others, -1 for none. */
+/* What the consumers have to know of a slice. */
 struct slice_note {
-    int64_t first;
-    int16_t run, masked;
-    int32_t second; /* scored with the second query */
+    int32_t first;         /* key: of the pinned ones, of a small slice and of the others before (< 0) the end of what the tile sees */
+    int16_t pinned, plain; /* does it hold such keys? Both may be in a small one */
+    int16_t masked;        /* some row does not see all of it */
+    int16_t second;        /* scored with the second query */
 };
 
 template <typename F> struct hopper_state {
-    group_tile tiles[2];
+    group_tile tiles[hopper_tiles];
     slice_note notes[F::stages];
-    int slices[2], small[2]; /* of a tile: whole slices, -1 after the last tile, and is there a small one? */
     uint64_t keys_full[F::stages], keys_free[F::stages], values_full[F::stages], values_free[F::stages];
-    uint64_t tile_full[2], tile_free[2], queries_full[F::query_tiles], queries_free[F::query_tiles], dirty;
+    uint64_t tile_full[hopper_tiles], tile_free[hopper_tiles], queries_full[F::query_tiles], queries_free[F::query_tiles], dirty;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -62,16 +72,6 @@ struct cursor {
     }
 };
 
-/* Keys of a run that one row sees, relative to the key `first` of the run. `token`, `head`: of the row, in its tile and group. */
-__device__ __forceinline__ void row_range(const sa_cuda_problem &p, const group_tile &t, const run &r, bool real, int token, int head,
-                                          int64_t first, int &low, int &high)
-{
-    const int64_t position = t.at.position + t.first_token + token, window = t.window[head];
-    const range own = visible(r, p.causal, window, window, position, position);
-    low = (int)clamp(own.low - first, 0, 1 << 20);
-    high = real ? (int)clamp(own.high - first, 0, 1 << 20) : 0;
-}
-
 /* Fills a tile of `tokens` tokens, the `index`th of its row and kv head. All lanes of a warp. */
 __device__ __forceinline__ void fill_group_tile(const sa_cuda_problem &p, const place &at, int index, int tokens, int kv_head, group_tile &t)
 {
@@ -82,7 +82,7 @@ __device__ __forceinline__ void fill_group_tile(const sa_cuda_problem &p, const 
     for (int i = lane; i < group; i += 32) {
         const int head = kv_head * group + i;
         const int64_t window = window_of(p, head);
-        t.window[i] = window;
+        t.window[i] = (int)least(window, hopper_far);
         t.slope[i] = p.alibi_slopes.given ? number_at(p.alibi_slopes, at.batch, head) * log2e : 0.0f;
         t.sink[i] = sink_of(p, head);
         narrow = least(narrow, window);
@@ -103,6 +103,7 @@ __device__ __forceinline__ void fill_group_tile(const sa_cuda_problem &p, const 
         t.kv_head = kv_head;
         t.rows = all_tokens * group;
         t.real = real * group;
+        t.widest = wide;
     }
     __syncwarp();
 }

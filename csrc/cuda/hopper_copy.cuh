@@ -1,4 +1,4 @@
-/* The warp of Hopper's prefill kernels that finds tiles and copies queries, keys and values. */
+/* The two warps of Hopper's prefill kernels that find tiles, and copy queries, keys and values. */
 #ifndef SA_CUDA_HOPPER_COPY_CUH
 #define SA_CUDA_HOPPER_COPY_CUH
 
@@ -9,46 +9,97 @@ namespace sa
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* How the slices of a tile are cut: whole ones end where the keys end that its rows see, so that the last begins before the first of them,
- * or, if little is left of it, is a small one. */
-struct cut {
-    int64_t high;         /* end of the run of plain keys */
-    int64_t few_low;      /* first key of a small slice */
-    int plain, whole;     /* run of plain keys, its whole slices */
-    int pinned, pinned_whole; /* run of pinned keys, -1 for none; its whole slices */
-    bool small;
+/* Finds tile after tile, which takes longer than some slices. */
+template <typename F> struct finder {
+    const sa_cuda_problem &p;
+    hopper_state<F> &s;
+
+    static __device__ __forceinline__ int near(int64_t x)
+    {
+        return (int)clamp(x, -hopper_far, hopper_far);
+    }
+
+    /* How the slices of a tile are cut: whole ones end where the keys end that its rows see, so that the last begins before the first of
+     * them or, if little is left of it, is a small one. */
+    __device__ __forceinline__ void cut(group_tile &t)
+    {
+        t.plain = t.pinned = -1;
+        for (int i = 0; i < t.list.count; i++) {
+            (t.list.runs[i].kind == run_pinned ? t.pinned : t.plain) = i;
+        }
+        const range none = {0, 0}, seen = t.plain >= 0 ? t.seen[t.plain] : none, pinned = t.pinned >= 0 ? t.seen[t.pinned] : none;
+        const int64_t count = most(seen.high - seen.low, 0), held = most(pinned.high, 0);
+        const bool held_small = held > 0 && held <= few;
+        int left = (int)(count % F::keys);
+        t.whole = (int)(count / F::keys);
+        if (left > 2 * few || t.whole == 0 || (held > 0 && !held_small)) {
+            t.whole += left > 0;
+            left = 0;
+        }
+        t.high = seen.high;
+        t.pinned_whole = held_small ? 0 : (int)((held + F::keys - 1) / F::keys);
+        t.small = held_small || left > 0;
+        t.few_low = left > 0 ? seen.high - (int64_t)t.whole * F::keys - 2 * few : INT64_MAX;
+        t.pinned = held > 0 ? t.pinned : -1;
+        t.slices = (int)most(t.whole + t.pinned_whole, 1);
+        const int64_t reach = t.at.position + t.first_token + 1, place = t.plain >= 0 ? t.list.runs[t.plain].position : 0;
+        t.edge = near(reach - place - t.high);
+        t.start = near(-t.high);
+        t.end = near((t.plain >= 0 ? t.list.runs[t.plain].count : 0) - t.high);
+        t.pinned_edge = near(reach);
+        t.pinned_end = t.pinned >= 0 ? near(t.list.runs[t.pinned].count) : 0;
+    }
+
+    /* Tokens that some query of the row sees: by a window, or as pinned ones. */
+    __device__ __forceinline__ void find_seen(group_tile &t)
+    {
+        const int64_t window = t.widest, last = t.at.position + t.at.query_count - 1;
+        const int64_t high = clamp(p.causal ? last + 1 : last + window, 0, t.at.key_count);
+        t.seen_by_row = {t.at.key_begin + clamp(t.at.position - window + 1, 0, t.at.key_count), t.at.key_begin + high};
+        t.pinned_by_row = {t.at.key_begin, t.at.key_begin + (p.apart ? least(p.pinned, p.causal ? high : t.at.key_count) : 0)};
+    }
+
+    __device__ __forceinline__ void publish(cursor &tiles)
+    {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            barrier_arrive(&s.tile_full[tiles.stage]);
+        }
+        tiles.step<hopper_tiles>();
+    }
+
+    __device__ __forceinline__ void run_all()
+    {
+        const uint32_t units = units_of(p);
+        cursor tiles;
+        for (uint32_t round = 0;; round++) {
+            bool any;
+            const uint32_t unit = unit_of_round(p, units, round, any);
+            group_tile &t = s.tiles[tiles.stage];
+            barrier_wait(&s.tile_free[tiles.stage], tiles.parity ^ 1);
+            if (!any) {
+                t.slices = -1;
+                publish(tiles);
+                break;
+            }
+            if (find_group_tile(p, unit, F::rows / p.group, t)) {
+                if (threadIdx.x % 32 == 0) {
+                    cut(t);
+                    find_seen(t);
+                }
+                publish(tiles);
+            }
+        }
+    }
 };
 
-template <typename F> __device__ __forceinline__ cut cut_of(const group_tile &t)
-{
-    cut c = {0, 0, -1, 0, -1, 0, false};
-    for (int i = 0; i < t.list.count; i++) {
-        (t.list.runs[i].kind == run_pinned ? c.pinned : c.plain) = i;
-    }
-    const range none = {0, 0}, seen = c.plain >= 0 ? t.seen[c.plain] : none, pinned = c.pinned >= 0 ? t.seen[c.pinned] : none;
-    const int64_t count = most(seen.high - seen.low, 0), held = most(pinned.high, 0);
-    const bool held_small = held > 0 && held <= few, held_whole = held > 0 && !held_small;
-    int left = (int)(count % F::keys);
-    c.whole = (int)(count / F::keys);
-    if (left > 2 * few || c.whole == 0 || held_whole) {
-        c.whole += left > 0;
-        left = 0;
-    }
-    c.high = seen.high;
-    c.pinned_whole = held_small ? 0 : (int)((held + F::keys - 1) / F::keys);
-    c.small = held_small || left > 0;
-    c.few_low = left > 0 ? seen.high - (int64_t)c.whole * F::keys - 2 * few : INT64_MAX;
-    c.pinned = held_small || c.pinned_whole > 0 ? c.pinned : -1;
-    return c;
-}
-
-template <typename F> struct producer {
+template <typename F> struct copier {
     const sa_cuda_prefill &call;
     hopper_state<F> &s;
     uint32_t memory;
     int lane;
     cursor at;
-    range seen, pinned; /* tokens that some query of the row sees: by a window, or as pinned ones */
+    range seen, pinned; /* tokens that some query of the row sees */
 
     __device__ __forceinline__ void panels(const sa_cuda_map &map, uint32_t target, uint64_t *barrier, int count, int a, int b, int c)
     {
@@ -93,9 +144,8 @@ template <typename F> struct producer {
         barrier_wait(&s.keys_free[at.stage], at.parity ^ 1);
         if (lane == 0) {
             const range all = t.all[run_index];
-            const bool pinned_run = t.list.runs[run_index].kind == run_pinned;
-            s.notes[at.stage] = {first, (int16_t)run_index, (int16_t)(first < all.low || first + F::keys > all.high),
-                                 F::featured && pinned_run && has_second_query(call.problem)};
+            const bool held = run_index == t.pinned, masked = first < all.low || first + F::keys > all.high;
+            s.notes[at.stage] = {(int)(held ? first : first - t.high), held, !held, masked, F::featured && held && has_second_query(call.problem)};
             barrier_expect(&s.keys_full[at.stage], F::key_bytes);
             panels(call.key, memory + F::key_ring + at.stage * F::key_bytes, &s.keys_full[at.stage], F::key_panels, (int)token, head, batch);
         }
@@ -130,15 +180,15 @@ template <typename F> struct producer {
     }
 
     /* Rows 0 .. few - 1: pinned keys; then 2 * few keys before the whole slices. What there is not is copied from beyond the end: zeros. */
-    __device__ __forceinline__ void small_slice(const group_tile &t, const cut &c)
+    __device__ __forceinline__ void small_slice(const group_tile &t)
     {
         const int head = t.kv_head, batch = (int)t.at.batch;
-        const int64_t beyond = call.problem.kv_length, held = c.pinned >= 0 ? t.at.key_begin : beyond;
-        const bool left = c.few_low != INT64_MAX;
-        const int64_t token = left ? t.at.key_begin + t.list.runs[c.plain].position + c.few_low : beyond;
+        const int64_t beyond = call.problem.kv_length, held = t.pinned >= 0 ? t.at.key_begin : beyond;
+        const bool left = t.few_low != INT64_MAX;
+        const int64_t token = left ? t.at.key_begin + t.list.runs[t.plain].position + t.few_low : beyond;
         barrier_wait(&s.keys_free[at.stage], at.parity ^ 1);
         if (lane == 0) {
-            s.notes[at.stage] = {c.few_low, (int16_t)c.pinned, (int16_t)(left ? c.plain : -1), 0};
+            s.notes[at.stage] = {left ? (int)(t.few_low - t.high) : 0, t.pinned >= 0, left, 1, 0};
             const uint32_t target = memory + F::key_ring + at.stage * F::key_bytes;
             barrier_expect(&s.keys_full[at.stage], F::key_panels * small_keys * 128);
             panels(call.few_keys, target, &s.keys_full[at.stage], F::key_panels, (int)held, head, batch);
@@ -183,75 +233,43 @@ template <typename F> struct producer {
         loads.template step<F::query_tiles>();
     }
 
-    /* Tokens that some query of the row sees: by a window, or as pinned ones. */
-    __device__ __forceinline__ void find_seen(const group_tile &t)
-    {
-        const sa_cuda_problem &p = call.problem;
-        int64_t window = 0;
-        for (int i = lane; i < p.group; i += 32) {
-            window = most(window, t.window[i]);
-        }
-        window = -reduce_least(-window);
-        const int64_t last = t.at.position + t.at.query_count - 1;
-        const int64_t high = clamp(p.causal ? last + 1 : last + least(window, no_window), 0, t.at.key_count);
-        seen = {t.at.key_begin + clamp(t.at.position - window + 1, 0, t.at.key_count), t.at.key_begin + high};
-        pinned = {t.at.key_begin, t.at.key_begin + (p.apart ? least(p.pinned, p.causal ? high : t.at.key_count) : 0)};
-    }
-
     __device__ __forceinline__ void run_all()
     {
-        const sa_cuda_problem &p = call.problem;
-        const uint32_t units = units_of(p);
         cursor tiles, loads;
-        for (uint32_t round = 0;; round++) {
-            bool any;
-            const uint32_t unit = unit_of_round(p, units, round, any);
-            if (!any) {
+        for (;;) {
+            const group_tile &t = s.tiles[tiles.stage];
+            barrier_wait(&s.tile_full[tiles.stage], tiles.parity);
+            if (t.slices < 0) {
                 break;
             }
-            group_tile &t = s.tiles[tiles.stage];
-            barrier_wait(&s.tile_free[tiles.stage], tiles.parity ^ 1);
-            if (!find_group_tile(p, unit, F::rows / p.group, t)) {
-                continue;
-            }
-            const cut c = cut_of<F>(t);
-            const int slices = c.whole + c.pinned_whole;
-            if (lane == 0) {
-                s.slices[tiles.stage] = slices > 0 ? slices : 1;
-                s.small[tiles.stage] = c.small;
-            }
-            publish_tile(tiles);
-            find_seen(t);
+            seen = t.seen_by_row;
+            pinned = t.pinned_by_row;
             queries(t, loads);
-            if (slices == 0) {
-                empty_slice();
+            slices(t);
+            __syncwarp();
+            if (lane == 0) {
+                barrier_arrive(&s.tile_free[tiles.stage]);
             }
-            for (int i = 0; i < c.pinned_whole; i++) {
-                whole_slice(t, c.pinned, (int64_t)i * F::keys);
-            }
-            for (int i = 0; i < c.whole || i == 0; i++) {
-                if (i < c.whole) {
-                    whole_slice(t, c.plain, c.high - (int64_t)(i + 1) * F::keys);
-                }
-                if (i == 0 && c.small) {
-                    small_slice(t, c);
-                }
-            }
+            tiles.step<hopper_tiles>();
         }
-        barrier_wait(&s.tile_free[tiles.stage], tiles.parity ^ 1);
-        if (lane == 0) {
-            s.slices[tiles.stage] = -1;
-        }
-        publish_tile(tiles);
     }
 
-    __device__ __forceinline__ void publish_tile(cursor &tiles)
+    __device__ __forceinline__ void slices(const group_tile &t)
     {
-        __syncwarp();
-        if (lane == 0) {
-            barrier_arrive(&s.tile_full[tiles.stage]);
+        if (t.whole + t.pinned_whole == 0) {
+            empty_slice();
         }
-        tiles.step<2>();
+        for (int i = 0; i < t.pinned_whole; i++) {
+            whole_slice(t, t.pinned, (int64_t)i * F::keys);
+        }
+        for (int i = 0; i < t.whole || i == 0; i++) {
+            if (i < t.whole) {
+                whole_slice(t, t.plain, t.high - (int64_t)(i + 1) * F::keys);
+            }
+            if (i == 0 && t.small) {
+                small_slice(t);
+            }
+        }
     }
 
     /* Rows that see nothing have a slice of zeros all the same. */
@@ -261,7 +279,7 @@ template <typename F> struct producer {
         barrier_wait(&s.keys_free[at.stage], at.parity ^ 1);
         barrier_wait(&s.values_free[at.stage], at.parity ^ 1);
         if (lane == 0) {
-            s.notes[at.stage] = {0, -1, 1, 0};
+            s.notes[at.stage] = {0, 0, 0, 1, 0};
             barrier_expect(&s.keys_full[at.stage], F::key_bytes);
             panels(call.key, memory + F::key_ring + at.stage * F::key_bytes, &s.keys_full[at.stage], F::key_panels, beyond, 0, 0);
             barrier_expect(&s.values_full[at.stage], F::value_bytes);

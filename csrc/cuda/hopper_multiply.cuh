@@ -146,9 +146,18 @@ template <typename T, typename F> struct consumer {
         return token_of(half) * p.group + head_of(half);
     }
 
-    __device__ __forceinline__ void own_range(const group_tile &t, const run &r, int half, int64_t first, int &low, int &high) const
+    /* Keys that this thread's row sees, from key `first` on as slices count: of those that a window decides, and of the pinned ones. */
+    __device__ __forceinline__ void plain_range(const group_tile &t, int half, int first, int &low, int &high) const
     {
-        row_range(p, t, r, row_of(half) < t.real, token_of(half), head_of(half), first, low, high);
+        const int edge = t.edge + token_of(half), window = t.window[head_of(half)];
+        low = max(edge - window, t.start) - first;
+        high = row_of(half) < t.real ? min(p.causal ? edge : edge + window - 1, t.end) - first : low;
+    }
+
+    __device__ __forceinline__ int pinned_end(const group_tile &t, int half) const
+    {
+        const int end = p.causal ? min(t.pinned_edge + token_of(half), t.pinned_end) : t.pinned_end;
+        return row_of(half) < t.real ? end : 0;
     }
 
     /* The queries that a slice is scored with. */
@@ -157,9 +166,10 @@ template <typename T, typename F> struct consumer {
         return F::featured && note.second ? queries + F::query_bytes / 16 : queries;
     }
 
-    /* From dot products to scores in log2 units: blocks begin .. end - 1 of eight keys each, the first of them key `first` of the run. */
+    /* From dot products to scores in log2 units: blocks begin .. end - 1 of eight keys each, the first of them key `first`
+     * where row 0 sees as far as `edge`. */
     template <int keys, int begin, int end>
-    __device__ __forceinline__ void shape(const group_tile &t, const run &r, int64_t first, float (&scores)[keys / 2]) const
+    __device__ __forceinline__ void shape(const group_tile &t, int edge, int first, float (&scores)[keys / 2]) const
     {
         if (p.softcap > 0.0f) {
             cap<keys, begin, end>(scores);
@@ -170,11 +180,11 @@ template <typename T, typename F> struct consumer {
             }
         }
         const int column = threadIdx.x % 4 * 2;
-        if (p.alibi_slopes.given && r.kind != run_learned) {
+        if (p.alibi_slopes.given) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float slope = t.slope[head_of(half)];
-                const float from = (float)(int)(t.at.position + t.first_token + token_of(half) - r.position - first - column);
+                const float from = (float)(edge - 1 + token_of(half) - first - column);
 #pragma unroll
                 for (int n = begin; n < end; n++) {
 #pragma unroll
@@ -187,7 +197,7 @@ template <typename T, typename F> struct consumer {
         if (end <= few / 8 && p.sink_bias.given) {
 #pragma unroll
             for (int i = 4 * begin; i < 4 * end; i++) {
-                const int64_t key = first + (i / 4 - begin) * 8 + i % 2 + column;
+                const int key = first + (i / 4 - begin) * 8 + i % 2 + column;
                 const float bias = key < p.pinned ? number_at(p.sink_bias, t.kv_head * p.group + head_of(i % 4 / 2), key) : 0.0f;
                 scores[i] = bias == -infinity ? -infinity : fmaf(bias, log2e, scores[i]);
             }
@@ -222,8 +232,8 @@ template <typename T, typename F> struct consumer {
     /* What a slice's dot products become: scores in the units of weigh(), hidden where nobody sees them. */
     __device__ __forceinline__ void score(const group_tile &t, const slice_note &note, float (&scores)[F::keys / 2])
     {
-        if (F::featured && note.run >= 0) {
-            shape<F::keys, 0, F::keys / 8>(t, t.list.runs[note.run], note.first, scores);
+        if (F::featured) {
+            shape<F::keys, 0, F::keys / 8>(t, note.pinned ? t.pinned_edge : t.edge, note.first, scores);
         }
         if (note.masked) {
             hide(t, note, scores);
@@ -237,8 +247,10 @@ template <typename T, typename F> struct consumer {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int low = 0, high = 0;
-            if (note.run >= 0) {
-                own_range(t, t.list.runs[note.run], half, note.first, low, high);
+            if (note.plain) {
+                plain_range(t, half, note.first, low, high);
+            } else if (note.pinned) {
+                high = pinned_end(t, half) - note.first;
             }
             low -= column;
             high -= column;
@@ -255,15 +267,13 @@ template <typename T, typename F> struct consumer {
 
     __device__ __forceinline__ void hide_small(const group_tile &t, const slice_note &note, float (&scores)[small_keys / 2])
     {
-        const int column = threadIdx.x % 4 * 2, pinned = note.run, plain = note.masked;
+        const int column = threadIdx.x % 4 * 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int held_low = 0, held = 0, low = 0, high = 0;
-            if (pinned >= 0) {
-                own_range(t, t.list.runs[pinned], half, 0, held_low, held);
-            }
-            if (plain >= 0) {
-                own_range(t, t.list.runs[plain], half, note.first, low, high);
+            int low = 0, high = 0;
+            const int held = note.pinned ? pinned_end(t, half) : 0;
+            if (note.plain) {
+                plain_range(t, half, note.first, low, high);
             }
 #pragma unroll
             for (int n = 0; n < small_keys / 8; n++) {
@@ -352,7 +362,7 @@ template <typename T, typename F> struct consumer {
         barrier_wait(&s.keys_full[at.stage], at.parity);
         const slice_note note = s.notes[at.stage];
         float pinned[few / 2]; /* scored with the second query */
-        const bool second = F::featured && has_second_query(p) && note.run >= 0;
+        const bool second = F::featured && has_second_query(p) && note.pinned;
         products_begin();
         issue_keys<small_keys>(scores, queries);
         if (F::featured) {
@@ -368,11 +378,9 @@ template <typename T, typename F> struct consumer {
             }
         }
         release(&s.keys_free[at.stage]);
-        if (F::featured && note.run >= 0) {
-            shape<small_keys, 0, few / 8>(t, t.list.runs[note.run], 0, scores);
-        }
-        if (F::featured && note.masked >= 0) {
-            shape<small_keys, few / 8, small_keys / 8>(t, t.list.runs[note.masked], note.first, scores);
+        if (F::featured) {
+            shape<small_keys, 0, few / 8>(t, t.pinned_edge, 0, scores);
+            shape<small_keys, few / 8, small_keys / 8>(t, t.edge, note.first, scores);
         }
         hide_small(t, note, scores);
 #pragma unroll
@@ -429,7 +437,7 @@ template <typename T, typename F> struct consumer {
         for (;;) {
             barrier_wait(&s.tile_full[tiles.stage], tiles.parity);
             const group_tile &t = s.tiles[tiles.stage];
-            const int count = s.slices[tiles.stage];
+            const int count = t.slices;
             if (count < 0) {
                 break;
             }
@@ -439,7 +447,7 @@ template <typename T, typename F> struct consumer {
             load_queries();
             release(&s.queries_free[loads.stage]);
 #endif
-            const bool small = s.small[tiles.stage];
+            const bool small = t.small;
             slice_note note = change_tile(scores, weights, before, tile_before, state, values);
             const cursor first = at;
             float few_scores[small_keys / 2];
@@ -478,7 +486,7 @@ template <typename T, typename F> struct consumer {
             loads.template step<F::query_tiles>();
             at.template step<F::stages>();
             tile_before = tiles.stage;
-            tiles.step<2>();
+            tiles.step<hopper_tiles>();
         }
         if (tile_before >= 0) {
             barrier_wait(&s.values_full[before.stage], before.parity);
@@ -531,7 +539,6 @@ template <typename T, typename F> struct consumer {
         if (written) {
             to = (uint16_t *)element(p.output, t.at.batch, t.kv_head * p.group + head_of(half), query_of(t, half), 2);
         }
-        const bool pieces = (((uintptr_t)to | (uintptr_t)(width * 2)) & 15) == 0;
 #pragma unroll
         for (int block = 0; block < F::width / 32; block++) {
             uint32_t w[4];
@@ -542,18 +549,8 @@ template <typename T, typename F> struct consumer {
             }
             transpose(w);
             const int d = block * 32 + lane * 8;
-            if (!written || d >= width) {
-                continue;
-            }
-            if (pieces) {
+            if (written && d < width) {
                 *(uint4 *)(to + d) = make_uint4(w[0], w[1], w[2], w[3]);
-            } else {
-#pragma unroll
-                for (int e = 0; e < 8; e++) {
-                    if (d + e < width) {
-                        to[d + e] = (uint16_t)(w[e / 2] >> (e % 2 * 16));
-                    }
-                }
             }
         }
     }

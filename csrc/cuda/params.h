@@ -172,9 +172,12 @@ enum {
  * more copies. */
 #define SA_HOPPER_FORMS(X)                          \
     X(64, 64, 64, 192, 128, 3, 2, 0)                \
-    X(128, 128, 128, 128, 128, 2, 2, 0)             \
-    X(featured_64, 64, 64, 192, 128, 3, 1, 1)       \
-    X(featured_128, 128, 128, 128, 128, 2, 1, 1)
+    X(96, 96, 96, 192, 96, 2, 2, 0)                 \
+    X(128, 128, 128, 192, 80, 3, 2, 0)              \
+    X(192, 192, 128, 192, 80, 2, 1, 0)              \
+    X(256, 256, 256, 128, 64, 2, 1, 0)              \
+    X(featured_64, 64, 64, 192, 96, 3, 1, 1)        \
+    X(featured_128, 128, 128, 192, 80, 3, 1, 1)
 #define SA_HOPPER_THREADS(rows) (2 * (rows) + 128)
 
 #define SA_CUDA_NO_WINDOW (INT64_MAX / 4)
@@ -185,7 +188,7 @@ enum {
 #define SA_DECODE_SHARED(depth) (SA_DECODE_ROWS_SHARED + 2 * SA_DECODE_ROWS * (depth) * 2)
 #define SA_F32_SHARED(depth) (SA_ROWS_SHARED + 4 * ((SA_F32_ROWS + 2 * SA_F32_KEYS) * ((depth) + 4) + SA_F32_ROWS * (SA_F32_KEYS + 4)))
 #define SA_PREFILL_SHARED(depth) (SA_ROWS_SHARED + 2 * (depth) * (SA_PREFILL_ROWS + 4 * SA_PREFILL_KEYS(depth)))
-#define SA_HOPPER_STATE 4096 /* a multiple of 1024, to which swizzled panels are aligned */
+#define SA_HOPPER_STATE 7168 /* a multiple of 1024, to which swizzled panels are aligned */
 #define SA_HOPPER_PANELS(depth) (((depth) + 63) / 64 * 128)         /* bytes of a row */
 #define SA_HOPPER_SHARED(depth, width, rows, keys, stages, query_tiles, featured)                                              \
     (SA_HOPPER_STATE + SA_HOPPER_PANELS(depth) * ((featured ? 2 : 1) * (query_tiles) * (rows) + (stages) * (keys)) + \

@@ -11,12 +11,6 @@
 #ifndef SA_POLY
 #define SA_POLY 0 /* of 16 exponentials so many by polynomial */
 #endif
-#ifndef SA_PREGS
-#define SA_PREGS 40
-#endif
-#ifndef SA_PREGS3
-#define SA_PREGS3 32
-#endif
 #ifndef SA_SECTION
 #define SA_SECTION 0 /* kv heads worked on at a time; 0: all */
 #endif
@@ -38,9 +32,9 @@ template <typename F> __device__ __forceinline__ void begin_barriers(hopper_stat
             barrier_init(&s.keys_free[i], F::warps);
             barrier_init(&s.values_free[i], F::warps);
         }
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < hopper_tiles; i++) {
             barrier_init(&s.tile_full[i], 1);
-            barrier_init(&s.tile_free[i], F::warps);
+            barrier_init(&s.tile_free[i], F::warps + 1);
         }
         for (int i = 0; i < F::query_tiles; i++) {
             barrier_init(&s.queries_full[i], 1);
@@ -60,13 +54,16 @@ template <typename T, typename F> __device__ __forceinline__ void prefill_hopper
     static_assert(sizeof(hopper_state<F>) <= SA_HOPPER_STATE, "room for what is known of the rows");
     begin_barriers<F>(s);
     if (threadIdx.x < 128) {
-        leave_registers<F::groups == 2 ? SA_PREGS : SA_PREGS3>();
+        leave_registers<F::groups == 2 ? 40 : F::groups == 3 ? 32 : 24>();
         if (threadIdx.x < 32) {
-            producer<F> one = {call, s, elements, (int)threadIdx.x % 32, {}};
+            copier<F> one = {call, s, elements, (int)threadIdx.x, {}, {}, {}};
+            one.run_all();
+        } else if (threadIdx.x < 64) {
+            finder<F> one = {call.problem, s};
             one.run_all();
         }
     } else {
-        take_registers<F::groups == 2 ? 256 - SA_PREGS / 2 - (SA_PREGS / 8 % 2 ? 4 : 0): 160>();
+        take_registers<F::groups == 2 ? 232 : F::groups == 3 ? 160 : 120>();
         const int group = threadIdx.x / 128 - 1, row = group * 64 + (int)threadIdx.x / 32 % 4 * 16 + (int)threadIdx.x % 32 / 4;
         const int heads = call.problem.group;
         consumer<T, F> one = {call.problem, s, elements, group, {}, call.problem.scale * log2e, F::featured ? 1.0f : call.problem.scale * log2e, {}, {}};
