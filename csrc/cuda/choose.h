@@ -9,6 +9,7 @@
  *   cache.cu         cache_rotate      rotates a chunk into scratch
  *                    cache_commit      writes a chunk into the slots and advances lengths and lows
  *   mass.cu          mass              per-key mass from lse
+ *   mass_sm80.cu     mass_<t>_<d>      the same in half precision, summed over the queries
  *   backward_rows.cu  backward_rows, backward_numbers       what query rows bring along; gradients of small arrays
  *   backward_sm80.cu  backward_keys_<t>_<d>, backward_queries_<t>_<d>
  *   backward_f32.cu   the same of fp32
