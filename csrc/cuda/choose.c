@@ -14,7 +14,8 @@ enum {
     ROTATE = ATTEND_F32 + 3,
     COMMIT,
     MASS,
-    BACKWARD_ROWS,
+    MASS_HALF,
+    BACKWARD_ROWS = MASS_HALF + 6,
     BACKWARD_NUMBERS,
     BACKWARD_KEYS,
     BACKWARD_QUERIES = BACKWARD_KEYS + 9,
@@ -45,6 +46,12 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"cache_rotate", "cache"},
     {"cache_commit", "cache"},
     {"mass", "mass"},
+    {"mass_f16_64", "mass_sm80"},
+    {"mass_f16_128", "mass_sm80"},
+    {"mass_f16_256", "mass_sm80"},
+    {"mass_bf16_64", "mass_sm80"},
+    {"mass_bf16_128", "mass_sm80"},
+    {"mass_bf16_256", "mass_sm80"},
     {"backward_rows", "backward_rows"},
     {"backward_numbers", "backward_rows"},
     {"backward_keys_f32_64", "backward_f32"},
@@ -284,8 +291,16 @@ static bool plan_mass(const sa_cuda_problem *p, sa_cuda_plan *plan)
         return true;
     }
     const int64_t runs = p->cache.keys != NULL ? 5 : 2, keys = p->cache.keys != NULL ? p->mass_length + p->query_length : p->kv_length;
-    const int64_t tiles = p->sequences > 0 ? ceil_div(keys, SA_MASS_KEYS) + 2 * p->sequences : ceil_div(keys, SA_MASS_KEYS) + runs;
-    return push(plan, MASS, tiles * p->heads_kv * (p->sequences > 0 ? 1 : p->batch), 32 * SA_MASS_WARPS, 1, SA_MASS_SHARED(p->depth));
+    const bool half = p->dtype != SA_CUDA_F32 && !p->mass_maximum; /* a maximum wants the heads of a query together */
+    const int bucket = p->depth <= 64 ? 0 : p->depth <= 128 ? 1 : 2;
+    const int64_t depth = 64 << bucket, each = half ? SA_MASS_HALF_KEYS(depth) : SA_MASS_KEYS;
+    const int64_t tiles = p->sequences > 0 ? ceil_div(keys, each) + 2 * p->sequences : ceil_div(keys, each) + runs;
+    const int64_t grid = tiles * p->heads_kv * (p->sequences > 0 ? 1 : p->batch);
+    if (half) {
+        return push(plan, MASS_HALF + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + bucket, grid, 32 * SA_MASS_HALF_WARPS, 1,
+                    SA_MASS_HALF_SHARED(depth));
+    }
+    return push(plan, MASS, grid, 32 * SA_MASS_WARPS, 1, SA_MASS_SHARED(p->depth));
 }
 
 static bool prefers_decode(const sa_cuda_problem *p, const outline *o)
@@ -372,8 +387,11 @@ int sa_cuda_choose_mass(sa_cuda_problem *problem, sa_cuda_plan *plan)
     if (problem->batch == 0 || problem->query_length == 0) {
         return 0;
     }
-    plan->path = "mass";
-    return plan_mass(problem, plan) ? 0 : -1;
+    if (!plan_mass(problem, plan)) {
+        return -1;
+    }
+    plan->path = plan->launch_count > 0 ? sa_cuda_kernels[plan->launches[0].kernel].name : "none";
+    return 0;
 }
 
 /* --- the backward pass ------------------------------------------------------------------------------------------------------------- */

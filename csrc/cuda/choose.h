@@ -10,6 +10,7 @@
  *   cache.cu         cache_rotate      rotates a chunk into scratch
  *                    cache_commit      writes a chunk into the slots and advances lengths and lows
  *   mass.cu          mass              per-key mass from lse
+ *   mass_sm80.cu     mass_<t>_<d>      the same in half precision, summed over the queries
  *   backward_rows.cu  backward_rows, backward_numbers       what query rows bring along; gradients of small arrays
  *   backward_sm80.cu  backward_keys_<t>_<d>, backward_queries_<t>_<d>
  *   backward_sm90.cu  backward_hopper_<t>_<d>, backward_finish_<t>  both in one pass on Hopper, up to depth 128

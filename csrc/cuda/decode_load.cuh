@@ -123,7 +123,7 @@ template <typename T, int depth> __device__ void turn_all(const sa_cuda_problem 
 }
 
 /* Writes the token of a step into its slot. No query of this call sees what stood there: it left the window. */
-__device__ void append_token(const sa_cuda_problem &p, const decode_shared &s)
+__device__ inline void append_token(const sa_cuda_problem &p, const decode_shared &s)
 {
     const place &at = s.t.at;
     if (at.query_count == 0) {

@@ -144,6 +144,8 @@ enum {
     SA_MASS_KEYS = 64,
     SA_MASS_ROWS = 16,
     SA_MASS_WARPS = 8,
+    SA_MASS_HALF_ROWS = 64, /* of the tensor-core form */
+    SA_MASS_HALF_WARPS = 4,
     SA_CACHE_WARPS = 4,
     SA_COMMIT_TOKENS = 64, /* tokens of a CTA */
 };
@@ -163,6 +165,9 @@ enum {
 #define SA_HOPPER_SHARED(depth) (SA_HOPPER_ROWS_SHARED + 2 * (depth) * (SA_HOPPER_ROWS + 2 * SA_HOPPER_STAGES * SA_HOPPER_KEYS))
 #define SA_MASS_SHARED_TOTALS(stride) ((4 * (SA_MASS_KEYS + SA_MASS_ROWS) * (stride) + 7) / 8 * 8)
 #define SA_MASS_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS((depth) + 1) + 8 * 32 * SA_MASS_WARPS)
+#define SA_MASS_HALF_KEYS(depth) ((depth) == 256 ? 64 : 128)
+#define SA_MASS_HALF_KNOWN (2 * SA_MASS_HALF_ROWS * 32)
+#define SA_MASS_HALF_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_HALF_KNOWN + 2 * SA_MASS_HALF_ROWS * (depth) * 2)
 #define SA_ROTATE_SHARED (2 * 2 * 128 * 4)
 
 #ifdef __cplusplus

@@ -166,7 +166,7 @@ static void cache_launches(void)
     plan = plan_of(&p, &h200);
     CHECK(plan.launch_count == 4 && !p.append && p.rotated_offset >= 0 && p.lse_offset >= 0);
     CHECK(!strcmp(kernel_of(&plan, 0), "cache_rotate") && !strncmp(kernel_of(&plan, 1), "decode", 6));
-    CHECK(!strcmp(kernel_of(&plan, 2), "mass") && !strcmp(kernel_of(&plan, 3), "cache_commit"));
+    CHECK(!strcmp(kernel_of(&plan, 2), "mass_bf16_64") && !strcmp(kernel_of(&plan, 3), "cache_commit"));
     p.mass = NULL;
     p.query_length = p.kv_length = 500;
     plan = plan_of(&p, &h200);
