@@ -38,7 +38,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     call c = {.params = {.function = "attend"}};
     const uint8_t table = fuzz_byte(&in), wanted = fuzz_byte(&in);
     sa_set_threads(table % 8 == 7 ? 3 : 1);
-    take_call(&c, &in);
+    take_call(&c, &in, 80000);
     const fuzz_input layout = in;
     if (sa_attend_check(&c.params) == SA_OK) {
         FUZZ_REQUIRE(sa_table_use("reference") == SA_OK);

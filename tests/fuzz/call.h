@@ -4,11 +4,9 @@
 
 #include "fuzz.h"
 
-enum { MOST_WORK = 80000 };
-
 typedef struct call {
     sa_attend_params params;
-    fuzz_tensor tensors[6];
+    fuzz_tensor tensors[10];
     void *memory[16];
     int tensor_count, memory_count;
     uint64_t random;
@@ -108,7 +106,8 @@ static inline void take_sinks(call *c, fuzz_input *in, uint8_t given)
     }
 }
 
-static inline void take_call(call *c, fuzz_input *in)
+/* most: products of a call, about. */
+static inline void take_call(call *c, fuzz_input *in, int64_t most)
 {
     sa_attend_params *p = &c->params;
     const sa_dtype dtype = (sa_dtype)fuzz_range(in, 0, 2);
@@ -117,10 +116,10 @@ static inline void take_call(call *c, fuzz_input *in)
     int64_t batch = fuzz_range(in, 0, 3), heads_kv = fuzz_range(in, 1, 3), group = fuzz_range(in, 1, 6);
     int64_t queries = fuzz_length(in), keys = fuzz_length(in);
     const int64_t depth = fuzz_depth(in), depth_v = fuzz_depth(in);
-    if (batch * heads_kv * group * queries * keys * (depth + depth_v) > MOST_WORK) {
+    if (batch * heads_kv * group * queries * keys * (depth + depth_v) > most) {
         batch = heads_kv = 1;
         group = depth > 100 ? 1 : group;
-        queries = min_i64(queries, max_i64(MOST_WORK / (group * max_i64(keys, 1) * (depth + depth_v)), 1));
+        queries = min_i64(queries, max_i64(most / (group * max_i64(keys, 1) * (depth + depth_v)), 1));
     }
     for (int i = 0; i < 8; i++) {
         c->random = c->random << 8 | fuzz_byte(in);
