@@ -5,10 +5,15 @@
 #include "finish.cuh"
 #include "tma.cuh"
 
+#ifndef SA_HOPPER_TURNS
+#define SA_HOPPER_TURNS 1 /* warpgroups issue their products by turns */
+#endif
+
 namespace sa
 {
 
 constexpr int few = SA_HOPPER_FEW, small_keys = 3 * few, hopper_tiles = 3, hopper_far = 1 << 29;
+constexpr float lazy_bits = 8.0f; /* log2 by which a row's maximum may be exceeded before what was summed is scaled */
 
 /* Sizes of a kernel: rows of a tile, depth of queries and keys and of values, keys of a slice, slices and tiles of queries held; and whether
  * scores are more than scaled and hidden. */
@@ -130,11 +135,6 @@ __device__ __forceinline__ uint32_t unit_of_round(const sa_cuda_problem &p, uint
         return place;
     }
     const uint32_t tiles = (uint32_t)p.row_tiles, bands = units / tiles;
-    constexpr uint32_t side = SA_SECTION > 0 ? SA_SECTION : 1;
-    if (SA_SECTION > 0 && bands % side == 0) {
-        const uint32_t section = place / (tiles * side), within = place % (tiles * side);
-        return (section * side + within % side) * tiles + tiles - 1 - within / side;
-    }
     return place % bands * tiles + tiles - 1 - place / bands;
 }
 

@@ -9,40 +9,43 @@ namespace sa
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* 2^x on the multiplication pipes, right to 1e-4: for x from -126 on, what is less is as little. */
-__device__ __forceinline__ float exp2_polynomial(float x)
-{
-    x = fmaxf(x, -126.0f);
-    const float shifted = x + 12582912.0f, rest = x - (shifted - 12582912.0f);
-    float y = fmaf(rest, 0.0554906f, 0.2402265f);
-    y = fmaf(rest, y, 0.6931472f);
-    y = fmaf(rest, y, 1.0f);
-    return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
-
 /* What a thread knows of its two rows: largest dot product (or one near it), and the sum over its own columns. */
 struct rows_state {
     float maximum[2], sum[2];
 };
 
-/* From dot products to weights, and the factor for what was summed before. */
-template <int keys> __device__ __forceinline__ void weigh(float scale, float (&scores)[keys / 2], rows_state &state, float (&factor)[2])
+/* From dot products to weights, and the factor for what was summed before; `grows` where it is not 1. A maximum is one near it: as long as
+ * no score exceeds it by that many powers of two, nothing that was summed is scaled. */
+template <int keys>
+__device__ __forceinline__ void weigh(float scale, float (&scores)[keys / 2], rows_state &state, float (&factor)[2], bool &grows)
 {
-    float larger[2] = {state.maximum[0], state.maximum[1]}, anchor[2];
+    constexpr int chains = 4;
+    float larger[2][chains], anchor[2];
 #pragma unroll
-    for (int n = 0; n < keys / 8; n++) {
+    for (int i = 0; i < chains; i++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            larger[half] = fmaxf(larger[half], fmaxf(scores[4 * n + 2 * half], scores[4 * n + 2 * half + 1]));
+            larger[half][i] = fmaxf(scores[4 * i + 2 * half], scores[4 * i + 2 * half + 1]);
         }
     }
 #pragma unroll
+    for (int n = chains; n < keys / 8; n++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            larger[half][n % chains] = fmaxf(larger[half][n % chains], fmaxf(scores[4 * n + 2 * half], scores[4 * n + 2 * half + 1]));
+        }
+    }
+    grows = false;
+#pragma unroll
     for (int half = 0; half < 2; half++) {
-        larger[half] = fmaxf(larger[half], __shfl_xor_sync(~0u, larger[half], 1));
-        larger[half] = fmaxf(larger[half], __shfl_xor_sync(~0u, larger[half], 2));
+        float most = fmaxf(fmaxf(larger[half][0], larger[half][1]), fmaxf(larger[half][2], larger[half][3]));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
         const float old = state.maximum[half];
-        const float next = (larger[half] - old) * scale > (float)SA_LAZY ? larger[half] : old;
-        factor[half] = old == -infinity ? 0.0f : exp2_fast((old - next) * scale);
+        const bool own = (most - old) * scale > lazy_bits;
+        const float next = own ? most : old;
+        factor[half] = own ? exp2_fast((old - next) * scale) : 1.0f;
+        grows = grows || own;
         state.maximum[half] = next;
         anchor[half] = anchor_of(next) * scale;
         state.sum[half] *= factor[half];
@@ -53,11 +56,8 @@ template <int keys> __device__ __forceinline__ void weigh(float scale, float (&s
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float &x = scores[4 * n + 2 * half], &y = scores[4 * n + 2 * half + 1];
-            x = fmaf(x, scale, -anchor[half]);
-            y = fmaf(y, scale, -anchor[half]);
-            const int place = (n * 4 + 2 * half) % 16;
-            x = place % 16 < SA_POLY && place % 2 == 0 ? exp2_polynomial(x) : exp2_fast(x);
-            y = (place + 1) % 16 < SA_POLY ? exp2_polynomial(y) : exp2_fast(y);
+            x = exp2_fast(fmaf(x, scale, -anchor[half]));
+            y = exp2_fast(fmaf(y, scale, -anchor[half]));
             state.sum[half] += x;
             odd[half] += y;
         }
@@ -84,9 +84,6 @@ template <typename T, typename F> struct consumer {
     float unit;  /* of scores as weigh() gets them */
     cursor at, loads;
     uint64_t queries, key_ring, value_ring;
-#if SA_QREG
-    uint32_t query_words[F::depth / 4];
-#endif
 
     __device__ __forceinline__ void release(uint64_t *barrier)
     {
@@ -101,11 +98,7 @@ template <typename T, typename F> struct consumer {
 #pragma unroll
         for (int step = 0; step < F::depth / 16; step++) {
             const int panel = step / 4, within = step % 4 * 2;
-#if SA_QREG
-            const uint32_t *const from = &query_words[4 * step];
-#else
             const uint64_t from = queries + panel * (F::rows * 8) + within;
-#endif
             if (step == 0) {
                 wide_product<T, keys>::begin(scores, from, keys_at);
             } else {
@@ -289,14 +282,14 @@ template <typename T, typename F> struct consumer {
 
     __device__ __forceinline__ void take_turn()
     {
-        if (SA_TURNS) {
+        if (SA_HOPPER_TURNS) {
             meet(2 + group, 256);
         }
     }
 
     __device__ __forceinline__ void give_turn()
     {
-        if (SA_TURNS) {
+        if (SA_HOPPER_TURNS) {
             call(2 + (group + 1) % F::groups, 256);
         }
     }
@@ -321,10 +314,10 @@ template <typename T, typename F> struct consumer {
 
     /* Waits for the values and scales them. ptxas moves a wait to the top of its block, above the softmax that it should follow, so that
      * nothing overlaps; it does not move it above a branch. */
-    __device__ __forceinline__ void finish_values(float (&scores)[F::keys / 2], const float (&factor)[2], float (&values)[F::width / 2])
+    __device__ __forceinline__ void finish_values(float (&scores)[F::keys / 2], const float (&factor)[2], bool grows, float (&values)[F::width / 2])
     {
         pin(scores);
-        if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
+        if (__any_sync(~0u, grows)) {
             products_wait<0>();
             pin(values);
 #pragma unroll
@@ -421,6 +414,7 @@ template <typename T, typename F> struct consumer {
         float scores[F::keys / 2], values[F::width / 2], factor[2];
         uint32_t weights[F::keys / 4];
         rows_state state = {};
+        bool grows;
 #pragma unroll
         for (int i = 0; i < F::keys / 4; i++) {
             weights[i] = 0;
@@ -431,7 +425,7 @@ template <typename T, typename F> struct consumer {
         }
         key_ring = describe_panels(memory + F::key_ring, 16, 1024);
         value_ring = describe_panels(memory + F::value_ring, F::keys * 128, 1024);
-        if (SA_TURNS && group == F::groups - 1) {
+        if (SA_HOPPER_TURNS && group == F::groups - 1) {
             call(2, 256);
         }
         for (;;) {
@@ -443,10 +437,6 @@ template <typename T, typename F> struct consumer {
             }
             barrier_wait(&s.queries_full[loads.stage], loads.parity);
             queries = describe_panels(memory + loads.stage * F::query_parts * F::query_bytes + group * 64 * 128, 16, 1024);
-#if SA_QREG
-            load_queries();
-            release(&s.queries_free[loads.stage]);
-#endif
             const bool small = t.small;
             slice_note note = change_tile(scores, weights, before, tile_before, state, values);
             const cursor first = at;
@@ -456,7 +446,7 @@ template <typename T, typename F> struct consumer {
                 score_few(t, few_scores, state);
             }
             score(t, note, scores);
-            weigh<F::keys>(unit, scores, state, factor);
+            weigh<F::keys>(unit, scores, state, factor, grows);
             pack_weights<T, F::keys>(scores, weights);
 #pragma unroll
             for (int i = 0; i < F::width / 2; i++) { /* not earlier: registers */
@@ -474,15 +464,13 @@ template <typename T, typename F> struct consumer {
                 pin(scores);
                 release(&s.keys_free[at.stage]);
                 score(t, note, scores);
-                weigh<F::keys>(unit, scores, state, factor);
-                finish_values(scores, factor, values);
+                weigh<F::keys>(unit, scores, state, factor, grows);
+                finish_values(scores, factor, grows, values);
                 release(&s.values_free[before.stage]);
                 pack_weights<T, F::keys>(scores, weights);
                 before = at;
             }
-#if !SA_QREG
             release(&s.queries_free[loads.stage]);
-#endif
             loads.template step<F::query_tiles>();
             at.template step<F::stages>();
             tile_before = tiles.stage;
@@ -499,23 +487,6 @@ template <typename T, typename F> struct consumer {
         }
     }
 
-#if SA_QREG
-    __device__ __forceinline__ void load_queries()
-    {
-        const int lane = threadIdx.x % 32, row = group * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
-        const uint32_t from = memory + loads.stage * F::query_parts * F::query_bytes + row * 128;
-#pragma unroll
-        for (int step = 0; step < F::depth / 16; step++) {
-            const int piece = step % 4 * 2 + lane / 16;
-            uint32_t four[4];
-            load_matrices(four, from + step / 4 * (F::rows * 128) + (piece ^ row % 8) * 16);
-            query_words[4 * step] = four[0];
-            query_words[4 * step + 1] = four[1];
-            query_words[4 * step + 2] = four[2];
-            query_words[4 * step + 3] = four[3];
-        }
-    }
-#endif
 
     /* Four words of each of four lanes, transposed: lane i gets word i of all. */
     __device__ __forceinline__ void transpose(uint32_t (&w)[4])

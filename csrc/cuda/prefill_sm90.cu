@@ -1,20 +1,4 @@
 /* draft */
-#ifndef SA_TURNS
-#define SA_TURNS 1 /* warpgroups multiply by turns */
-#endif
-#ifndef SA_LAZY
-#define SA_LAZY 8 /* log2 by which a maximum may be exceeded before what was summed is scaled */
-#endif
-#ifndef SA_QREG
-#define SA_QREG 0 /* queries in registers */
-#endif
-#ifndef SA_POLY
-#define SA_POLY 0 /* of 16 exponentials so many by polynomial */
-#endif
-#ifndef SA_SECTION
-#define SA_SECTION 0 /* kv heads worked on at a time; 0: all */
-#endif
-
 #include "hopper_copy.cuh"
 #include "hopper_multiply.cuh"
 
@@ -64,7 +48,8 @@ template <typename T, typename F> __device__ __forceinline__ void prefill_hopper
         }
     } else {
         take_registers<F::groups == 2 ? 232 : F::groups == 3 ? 160 : 120>();
-        const int group = threadIdx.x / 128 - 1, row = group * 64 + (int)threadIdx.x / 32 % 4 * 16 + (int)threadIdx.x % 32 / 4;
+        const int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0) - 1; /* the same for all, which the compiler is to know */
+        const int row = group * 64 + (int)threadIdx.x / 32 % 4 * 16 + (int)threadIdx.x % 32 / 4;
         const int heads = call.problem.group;
         consumer<T, F> one = {call.problem, s, elements, group, {}, call.problem.scale * log2e, F::featured ? 1.0f : call.problem.scale * log2e, {}, {}};
         for (int half = 0; half < 2; half++) {
