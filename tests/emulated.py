@@ -66,7 +66,8 @@ class Launch(ctypes.Structure):
 
 class Plan(ctypes.Structure):
     _fields_ = [("launches", Launch * 4), ("launch_count", ctypes.c_int),
-                *_fields(I64, "scratch_bytes counter_count"), ("path", ctypes.c_char_p)]
+                *_fields(I64, "scratch_bytes counter_count"), ("path", ctypes.c_char_p),
+                ("form", ctypes.c_int)]
 
 
 class Facts(ctypes.Structure):

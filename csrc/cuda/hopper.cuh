@@ -6,7 +6,7 @@
 #include "tma.cuh"
 
 #ifndef SA_HOPPER_TURNS
-#define SA_HOPPER_TURNS 1 /* warpgroups issue their products by turns */
+#define SA_HOPPER_TURNS 0 /* warpgroups issue their products by turns */
 #endif
 
 namespace sa

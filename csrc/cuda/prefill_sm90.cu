@@ -1,4 +1,21 @@
-/* draft */
+/* Attention of many query rows on Hopper: tensor boxes by the copy engine, asynchronous matrix products (wgmma), one CTA a multiprocessor.
+ *
+ *   out = sum_j 2^(s_j - m) v_j / (sum_j 2^(s_j - m) + 2^(sigma - m)),   flops = 4 * depth * visible pairs * heads_q * batch
+ *
+ * The rows of a tile are the queries of all heads of a group, so that a key is read once for the group. A CTA takes tile after tile, the
+ * longest first and to and fro, so that all end together. One warp finds tiles, one copies (hopper_copy.cuh), two or three warpgroups of 64
+ * rows multiply (hopper_multiply.cuh). Scores of the next slice are computed while the weights of this one meet the values, across the
+ * ends of tiles too. Slices are cut from the last key that the tile sees backwards; pinned keys (up to 16) and up to 32 keys that whole
+ * slices leave of a window share one small slice. Slices that every row sees whole carry no mask.
+ *
+ * A form that is `featured` serves softcap, ALiBi, bias of pinned keys, a second query, and scales that are not positive.
+ * Not for: caches, learned keys, windows below 512, groups of more than SA_HOPPER_HEADS heads, what the copy engine cannot walk (choose.c).
+ *
+FIGURES
+ * A trap: ptxas moves wgmma's wait to the top of its basic block, above the softmax that should hide it; a branch before it keeps it where
+ * it is (finish_values). Half of what v2 won over v1 is that.
+ * Tried and lost: part of the exponentials by polynomial (issue slots are as scarce as the special function unit); queries in registers;
+ * turns of the warpgroups; scaling at every new maximum (2 to 4 %); heads in sections that fit the L2; tiles by the warp that copies. */
 #include "hopper_copy.cuh"
 #include "hopper_multiply.cuh"
 
@@ -38,7 +55,7 @@ template <typename T, typename F> __device__ __forceinline__ void prefill_hopper
     static_assert(sizeof(hopper_state<F>) <= SA_HOPPER_STATE, "room for what is known of the rows");
     begin_barriers<F>(s);
     if (threadIdx.x < 128) {
-        leave_registers<F::groups == 2 ? 40 : F::groups == 3 ? 32 : 24>();
+        leave_registers<F::groups == 2 ? 40 : 32>();
         if (threadIdx.x < 32) {
             copier<F> one = {call, s, elements, (int)threadIdx.x, {}, {}, {}};
             one.run_all();
@@ -47,7 +64,7 @@ template <typename T, typename F> __device__ __forceinline__ void prefill_hopper
             one.run_all();
         }
     } else {
-        take_registers<F::groups == 2 ? 232 : F::groups == 3 ? 160 : 120>();
+        take_registers<F::groups == 2 ? 232 : 160>();
         const int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0) - 1; /* the same for all, which the compiler is to know */
         const int row = group * 64 + (int)threadIdx.x / 32 % 4 * 16 + (int)threadIdx.x % 32 / 4;
         const int heads = call.problem.group;
