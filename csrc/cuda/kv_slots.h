@@ -1,0 +1,41 @@
+/* KVCache on a device: what the host hands to the kernels that append tokens to the slots and let tokens leave. Plain C, read by both sides.
+ *
+ * A stream is one kv head of one batch row, and has `stride` slots: what it may hold after a call, and behind that room for the tokens of
+ * one part, which are appended before attention sees them. So all that may leave lies in one place, in any order of positions, and attention
+ * is an ordinary call over `counts` keys of each stream. The state that csrc/core/policy.h keeps with each token lies by field here. */
+#ifndef SA_CUDA_KV_SLOTS_H
+#define SA_CUDA_KV_SLOTS_H
+
+#include "../core/ledger.h"
+#include "params.h"
+
+enum { SA_KV_APPEND_WARPS = 4, SA_KV_EVICT_WARPS = 16 };
+
+typedef struct sa_cuda_slots {
+    sa_cuda_tensor key, value; /* of the part: [batch, heads_kv, tokens, ..] */
+    sa_cuda_numbers new_lengths; /* [batch, -]: real tokens of the call */
+    int64_t first, tokens;     /* of the part: the call's token 0 .., and how many */
+    void *keys;                /* [streams, stride, depth] */
+    void *values;              /* [streams, stride, depth_v] */
+    int64_t *positions;        /* [streams, stride] */
+    double *mass, *call;       /* [streams, stride] received since a token came, and in this call */
+    double *own;               /* [2, streams, stride] the policy's */
+    char *rings;               /* [streams, stride, ring_bytes] floats or bits, one for each of the last `window` queries */
+    int64_t *held, *lengths, *evicted_at; /* [streams] */
+    int64_t *counts;           /* [streams] held and new: the keys that attention sees */
+    sa_ledger *ledgers;        /* [streams] */
+    sa_departure *log;         /* [streams, log_size] */
+    const int64_t *budgets;    /* [heads_kv] */
+    const float *weights;      /* [streams, weight_rows, stride] mass by slot, of each new query or of all together; NULL: not tracked */
+    uint64_t *scratch;         /* [streams, 2, stride] */
+    int64_t batch, heads_kv, stride, depth, depth_v, weight_rows, ring_bytes, log_size;
+    int64_t pinned, recent, every, window;
+    double share, decay;
+    uint64_t seed;
+    int32_t kind;       /* sa_policy_kind */
+    int32_t dtype;      /* SA_CUDA_* */
+    int32_t first_part; /* of its call: `call` begins at zero */
+    int32_t padding;
+} sa_cuda_slots;
+
+#endif
