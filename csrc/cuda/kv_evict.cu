@@ -81,6 +81,7 @@ struct judged {
     int64_t leaving, stay, pinned, recent_from;
     uint64_t *order; /* [count] scores as ordered bits */
     int32_t *list;   /* [2 * stride] work */
+    double *means;   /* [count] of SnapKV */
     uint64_t bound;  /* who leaves: a score below, or this one and a position up to `position` */
     int64_t position;
 };
@@ -121,8 +122,9 @@ __device__ judged judge(const sa_cuda_slots &c)
     at.leaving = at.count - at.stay;
     at.pinned = c.pinned;
     at.recent_from = last - c.recent;
-    at.order = c.scratch + at.stream * 2 * c.stride;
+    at.order = c.scratch + at.stream * 3 * c.stride;
     at.list = (int32_t *)(at.order + c.stride);
+    at.means = (double *)(at.order + 2 * c.stride);
     return at;
 }
 
@@ -238,6 +240,45 @@ __device__ __forceinline__ uint64_t ordered(double score)
     return as.bits >> 63 ? ~as.bits : as.bits | (uint64_t)1 << 63;
 }
 
+/* SnapKV: mean over the window's queries, pooled over neighbours in order of position. Ranks are counted, slot by slot: exact, and n^2. */
+__device__ void score_snap(const sa_cuda_slots &c, const judged &at)
+{
+    const int64_t before = at.length - c.window;
+    int32_t *by_rank = at.list, *ranks = at.list + c.stride;
+    for (int64_t i = threadIdx.x; i < at.count; i += evict_threads) {
+        const float *ring = (const float *)(c.rings + (at.first + i) * c.ring_bytes);
+        const int64_t position = c.positions[at.first + i];
+        double sum[4] = {};
+        int32_t rank = 0;
+        for (int64_t j = 0; j < at.count; j++) {
+            rank += c.positions[at.first + j] < position;
+        }
+        for (int64_t q = 0; q < c.window; q++) { /* the order of the host: four at a time, the rest into the first */
+            sum[q < c.window / 4 * 4 ? q % 4 : 0] += (double)ring[q];
+        }
+        ranks[i] = rank;
+        by_rank[rank] = (int32_t)i;
+        at.means[i] = (sum[0] + sum[1] + (sum[2] + sum[3])) / (double)c.window;
+    }
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < at.count; i += evict_threads) {
+        double pooled = c.positions[at.first + i] < before ? 0.0 : (double)infinity;
+        for (int64_t rank = most(ranks[i] - c.kernel / 2, 0); rank <= least(ranks[i] + c.kernel / 2, at.count - 1) && pooled < infinity; rank++) {
+            const int64_t near = by_rank[rank];
+            const bool judged = c.positions[at.first + near] < before;
+            const double mean = judged ? at.means[near] : 0.0;
+            pooled = c.maximum ? (mean > pooled ? mean : pooled) : judged ? pooled + mean / (double)c.kernel : pooled;
+        }
+        at.order[i] = ordered(pooled);
+    }
+    __syncthreads();
+}
+
+__device__ __forceinline__ uint64_t score_bits(const sa_cuda_slots &c, const judged &at, int64_t i)
+{
+    return c.kind == snap_kv ? at.order[i] : ordered(score_of(c, at, i));
+}
+
 __device__ __forceinline__ bool is_free(const sa_cuda_slots &c, const judged &at, int64_t i)
 {
     const int64_t position = c.positions[at.first + i];
@@ -268,7 +309,7 @@ __device__ int64_t find_lowest(const sa_cuda_slots &c, evict_shared &s)
     lowest own = {~(uint64_t)0, INT64_MAX, 0};
     for (int64_t i = threadIdx.x; i < s.at.count; i += evict_threads) {
         if (is_free(c, s.at, i)) {
-            take_lower(own, {ordered(score_of(c, s.at, i)), c.positions[s.at.first + i], i});
+            take_lower(own, {score_bits(c, s.at, i), c.positions[s.at.first + i], i});
         }
     }
     for (int step = 16; step > 0; step /= 2) {
@@ -420,7 +461,7 @@ __device__ int64_t choose_many(const sa_cuda_slots &c, evict_shared &s)
     uint64_t bound;
     int64_t position;
     for (int64_t i = threadIdx.x; i < s.at.count; i += evict_threads) {
-        s.at.order[i] = ordered(score_of(c, s.at, i));
+        s.at.order[i] = score_bits(c, s.at, i);
     }
     __syncthreads();
     find_bound(c, s, bound, position);
@@ -449,6 +490,9 @@ __device__ void evict(const sa_cuda_slots &c)
     const judged &at = s.at;
     const bool evicts = at.leaving > 0 && at.fresh > 0;
     if (evicts) {
+        if (c.kind == snap_kv) {
+            score_snap(c, at);
+        }
         const int64_t moved = at.leaving == 1 ? choose_one(c, s) : choose_many(c, s);
         __syncthreads();
         for (int64_t i = threadIdx.x / 32; i < moved; i += SA_KV_EVICT_WARPS) {

@@ -27,15 +27,15 @@ typedef struct sa_cuda_slots {
     sa_departure *log;         /* [streams, log_size] */
     const int64_t *budgets;    /* [heads_kv] */
     const float *weights;      /* [streams, weight_rows, stride] mass by slot, of each new query or of all together; NULL: not tracked */
-    uint64_t *scratch;         /* [streams, 2, stride] */
+    uint64_t *scratch;         /* [streams, 3, stride] */
     int64_t batch, heads_kv, stride, depth, depth_v, weight_rows, ring_bytes, log_size;
-    int64_t pinned, recent, every, window;
+    int64_t pinned, recent, every, window, kernel;
     double share, decay;
     uint64_t seed;
     int32_t kind;       /* sa_policy_kind */
     int32_t dtype;      /* SA_CUDA_* */
     int32_t first_part; /* of its call: `call` begins at zero */
-    int32_t padding;
+    int32_t maximum;    /* SnapKV pools by maximum, else by mean */
 } sa_cuda_slots;
 
 #endif
