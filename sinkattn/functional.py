@@ -80,8 +80,8 @@ def attend_backward(dout, q, k, v, out, lse, *, dlse=None, deterministic=True, c
     dout : [batch, heads_q, query_length, depth_v], dtype of q, last axis contiguous.
     q, k, v and the keywords from causal on : as `attend` was called.
     out, lse : what that call returned with return_lse. lse is float32, any strides; so is dlse.
-    deterministic : bool. The same bits in every run; they always are so far, on the CPU for any
-        number of threads.
+    deterministic : bool. The same bits in every run; on the CPU always so, for any number of
+        threads. False lets CUDA add up dq as its blocks come, which is faster on Hopper.
 
     Returns a dict of arrays of the kind of q: "q", "k", "v" in their dtype, and of each that was
     given "sink_logits" (float32, the shape given), "sink_bias" (float32 [heads_q, sinks]),
@@ -91,7 +91,8 @@ def attend_backward(dout, q, k, v, out, lse, *, dlse=None, deterministic=True, c
 
     Nothing of size [query_length, kv_length] is stored: weights are computed again from lse. On the
     CPU partial sums of dq take up to 8 times the float32 size of q (half of it where causal, less
-    with a window) while the call runs, on CUDA 8 bytes for each query and head.
+    with a window) while the call runs, on CUDA 8 bytes for each query and head, and the float32
+    size of q (at 64 or 128 columns) where not deterministic.
 
     Raises as `attend` does.
 

@@ -16,7 +16,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = ROOT / "tests/c/device"
 KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass", "merge", "backward_rows",
-           "backward_f32", "backward_sm80", "kv_evict")
+           "backward_f32", "backward_sm80", "backward_sm90", "kv_evict")
 NUMBER_TYPES = {"float32": 0, "float16": 1, "float64": 3, "int32": 6, "int64": 7}
 I32, I64, F64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -72,7 +72,7 @@ class Plan(ctypes.Structure):
 class Facts(ctypes.Structure):
     """sa_cuda_device of csrc/cuda/choose.h."""
 
-    _fields_ = _fields(I32, "capability multiprocessors shared_limit cluster_limit")
+    _fields_ = _fields(I32, "capability multiprocessors shared_limit cluster_limit wgmma")
 
 
 H200 = Facts(90, 132, 232448, 8)
@@ -249,9 +249,10 @@ def mass(library, q, k, lse, *, row_weights=None, reduce="sum", queries=None, **
     return got
 
 
-def attend_backward(library, dout, q, k, v, out, lse, *, dlse=None, **keywords):
+def attend_backward(library, dout, q, k, v, out, lse, *, dlse=None, one_pass=False, **keywords):
     """`sinkattn.attend_backward` by the host's half and the kernels of the device."""
     params, sink_kv = BackwardParams(), keywords.get("sink_kv")
+    params.deterministic = not one_pass
     keep = params.attend.fill(q, k, v, **keywords)
     given = {"q": q, "k": k, "v": v, **{n: keywords.get(n) for n in (
         "sink_q", "sink_logits", "sink_bias")}}
@@ -266,7 +267,11 @@ def attend_backward(library, dout, q, k, v, out, lse, *, dlse=None, **keywords):
     for name, x in {"dout": dout, "out": out, "lse": lse, "dlse": dlse}.items():
         if x is not None:
             setattr(params, name, HostTensor.of(x))
-    assert library.run_backward(ctypes.byref(params)) == 0 and keep
+    has_wgmma = ctypes.c_bool.in_dll(library, "has_wgmma")
+    has_wgmma.value = one_pass
+    status = library.run_backward(ctypes.byref(params))
+    has_wgmma.value = False  # other calls have no kernels of Hopper here
+    assert status == 0 and keep
     if sink_kv is not None:
         got["sink_kv"] = got.pop("sink_k"), got.pop("sink_v")
     return got

@@ -23,6 +23,8 @@ typedef struct sa_cuda_backward {
     int64_t logit_count;         /* 1: one logit for all heads, else heads_q * logits */
     int64_t logits_apart;        /* every head has logits of its own */
 
+    int32_t one_pass; /* the device has wgmma, and sums need not have the same bits in every run */
+
     /* filled by sa_cuda_choose_backward */
     int64_t rows_offset;   /* bytes into scratch: sa_cuda_row [batch, heads_q, query_length] */
     int64_t bias_offset;   /* bytes: [rows, heads_q, pinned] fp32, zero before the plan runs; rows: batch rows or sequences */
@@ -30,6 +32,9 @@ typedef struct sa_cuda_backward {
     int64_t key_tiles;     /* tiles of keys of one kv head: of one batch row, or of all packed sequences (an upper bound) */
     int64_t learned_tiles; /* tiles of learned keys of one kv head */
     int64_t query_tiles;   /* tiles of queries of one head */
+    int64_t sums_offset;   /* bytes: [batch, heads_q, query_length, sums_width] fp32, zero before the plan runs */
+    int64_t sums_bytes;    /* of it; 0: the gradient of the queries is not summed up in global memory */
+    int64_t sums_width;    /* 64 or 128 */
     int32_t aligned;       /* every row of every tensor that is read in tiles is read in 16-byte pieces */
     int32_t sparse;        /* keys may belong to no row: their gradients are zeroed before the plan runs */
 } sa_cuda_backward;
@@ -47,6 +52,9 @@ enum {
     SA_BACKWARD_ROW_WARPS = 8,
     SA_BACKWARD_NUMBER_THREADS = 256,
     SA_BACKWARD_F32_SLICE = 16,
+    SA_ONE_PASS_KEYS = 128,
+    SA_ONE_PASS_SLICE = 64,
+    SA_ONE_PASS_THREADS = 256,
 };
 
 /* Blocks of 16 rows that a warp holds, and the length of a slice. `depth`: 64, 128 or 256. */
@@ -60,5 +68,9 @@ enum {
 #define SA_BACKWARD_F32_SHARED(depth)                                                                                             \
     (SA_BACKWARD_SHARED_FACTS + 8 * ((depth) + 4) * (SA_BACKWARD_F32_ROWS(depth) + SA_BACKWARD_F32_SLICE) +                       \
      8 * SA_BACKWARD_F32_ROWS(depth) * (SA_BACKWARD_F32_SLICE + 1) + 8 * SA_BACKWARD_F32_ROWS(depth)) /* the last: sa_cuda_row of a slice or tile */
+
+#define SA_ONE_PASS_SHARED(depth)                                                                                                 \
+    (SA_BACKWARD_SHARED_FACTS + 4 * (depth) * (SA_ONE_PASS_KEYS + 2 * SA_ONE_PASS_SLICE) + 2 * SA_ONE_PASS_KEYS * SA_ONE_PASS_SLICE +      \
+     16 * SA_ONE_PASS_SLICE + 32)
 
 #endif

@@ -9,14 +9,17 @@
 enum {
     DECODE,
     PREFILL = DECODE + 6,
-    ATTEND_F32 = PREFILL + 6,
+    HOPPER = PREFILL + 6, /* depth 64 and 128 */
+    ATTEND_F32 = HOPPER + 4,
     ROTATE = ATTEND_F32 + 3,
     COMMIT,
     MASS,
     BACKWARD_ROWS,
     BACKWARD_NUMBERS,
     BACKWARD_KEYS,
-    BACKWARD_QUERIES = BACKWARD_KEYS + 9
+    BACKWARD_QUERIES = BACKWARD_KEYS + 9,
+    ONE_PASS = BACKWARD_QUERIES + 9, /* depth 64 and 128 */
+    FINISH = ONE_PASS + 4
 };
 
 const sa_cuda_kernel sa_cuda_kernels[] = {
@@ -32,6 +35,10 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"prefill_bf16_64", "prefill_sm80"},
     {"prefill_bf16_128", "prefill_sm80"},
     {"prefill_bf16_256", "prefill_sm80"},
+    {"prefill_hopper_f16_64", "prefill_sm90"},
+    {"prefill_hopper_f16_128", "prefill_sm90"},
+    {"prefill_hopper_bf16_64", "prefill_sm90"},
+    {"prefill_hopper_bf16_128", "prefill_sm90"},
     {"attend_f32_64", "attend_f32"},
     {"attend_f32_128", "attend_f32"},
     {"attend_f32_256", "attend_f32"},
@@ -58,6 +65,12 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"backward_queries_bf16_64", "backward_sm80"},
     {"backward_queries_bf16_128", "backward_sm80"},
     {"backward_queries_bf16_256", "backward_sm80"},
+    {"backward_hopper_f16_64", "backward_sm90"},
+    {"backward_hopper_f16_128", "backward_sm90"},
+    {"backward_hopper_bf16_64", "backward_sm90"},
+    {"backward_hopper_bf16_128", "backward_sm90"},
+    {"backward_finish_f16", "backward_sm90"},
+    {"backward_finish_bf16", "backward_sm90"},
 };
 const int sa_cuda_kernel_count = sizeof sa_cuda_kernels / sizeof sa_cuda_kernels[0];
 
@@ -219,12 +232,38 @@ static bool plan_f32(sa_cuda_problem *p, const sa_cuda_device *device, const out
     return push(plan, ATTEND_F32 + o->bucket, units * p->splits, 32 * SA_F32_WARPS, 1, SA_F32_SHARED(o->depth));
 }
 
-static bool plan_prefill(sa_cuda_problem *p, const outline *o, sa_cuda_plan *plan)
+static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_t size)
 {
+    const int64_t strides = tensor->batch | tensor->head | tensor->token;
+    return tensor->data == NULL || (((uintptr_t)tensor->data | (uintptr_t)(strides * size) | (uintptr_t)(depth * size)) & 15) == 0;
+}
+
+/* Is a score scaled and hidden, and nothing else? */
+static bool is_plain(const sa_cuda_problem *p)
+{
+    return !(p->softcap > 0.0f) && !p->sink_bias.given && !p->alibi_slopes.given && p->sink_query.data == NULL;
+}
+
+/* Does the Hopper kernel serve a call? It reads 16 bytes at a time, compares dot products before they are scaled, and does to a score
+ * nothing but scale and hide it. Narrow windows, caches, packed and padded rows are left to the other kernel until they are measured. */
+static bool suits_hopper(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *o)
+{
+    const bool other = p->cache.keys != NULL || p->sequences > 0 || p->learned > 0 || p->query_lengths.given || p->starts.given;
+    return device->wgmma && o->bucket < 2 && is_plain(p) && !other && p->common_window >= 512 && p->aligned &&
+           tensor_in_pieces(&p->query, p->depth, 2) && p->scale > 0.0f;
+}
+
+static bool plan_prefill(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
+{
+    const bool hopper = suits_hopper(p, device, o), bf16 = p->dtype == SA_CUDA_BF16;
+    const int64_t rows = hopper ? SA_HOPPER_ROWS : SA_PREFILL_ROWS, units = units_of(p, o, rows);
     p->splits = 1;
-    p->row_tiles = tiles_of(p, o, SA_PREFILL_ROWS);
-    const int kernel = PREFILL + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
-    return push(plan, kernel, units_of(p, o, SA_PREFILL_ROWS), 32 * SA_PREFILL_WARPS, 1, SA_PREFILL_SHARED(o->depth));
+    p->row_tiles = tiles_of(p, o, rows);
+    if (hopper) {
+        return units <= INT32_MAX && push(plan, HOPPER + (bf16 ? 2 : 0) + o->bucket, min_i64(units, device->multiprocessors),
+                                          SA_HOPPER_THREADS, 1, SA_HOPPER_SHARED(o->depth));
+    }
+    return push(plan, PREFILL + (bf16 ? 3 : 0) + o->bucket, units, 32 * SA_PREFILL_WARPS, 1, SA_PREFILL_SHARED(o->depth));
 }
 
 /* A chunk is turned beforehand unless the decode kernel turns it on its way in. */
@@ -255,12 +294,6 @@ static bool prefers_decode(const sa_cuda_problem *p, const outline *o)
         return p->query_length <= 2 * p->sequences;
     }
     return p->query_length <= 16 || p->query_length * o->group <= 64;
-}
-
-static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_t size)
-{
-    const int64_t strides = tensor->batch | tensor->head | tensor->token;
-    return tensor->data == NULL || (((uintptr_t)tensor->data | (uintptr_t)(strides * size) | (uintptr_t)(depth * size)) & 15) == 0;
 }
 
 static bool reads_pieces(const sa_cuda_problem *p)
@@ -317,7 +350,7 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     } else if (prefers_decode(problem, &o)) {
         fits = fits && plan_decode(problem, device, &o, plan);
     } else {
-        fits = fits && plan_prefill(problem, &o, plan);
+        fits = fits && plan_prefill(problem, device, &o, plan);
     }
     fits = fits && plan_mass(problem, plan);
     if (problem->cache.keys != NULL && !problem->append) {
@@ -363,6 +396,13 @@ static backward_form backward_form_of(int64_t depth, int32_t dtype)
                            SA_BACKWARD_SHARED(depth, queries), depth > 128 ? 2 : 1};
 }
 
+/* Does the kernel of one pass serve a call? It reads 16 bytes at a time and does to a score nothing but scale and hide it. */
+static bool suits_one_pass(const sa_cuda_backward *b, const outline *o)
+{
+    const sa_cuda_problem *p = &b->forward;
+    return b->one_pass && p->dtype != SA_CUDA_F32 && o->bucket < 2 && is_plain(p) && b->aligned;
+}
+
 static void reserve_backward(sa_cuda_backward *b, sa_cuda_plan *plan)
 {
     const sa_cuda_problem *p = &b->forward;
@@ -376,6 +416,7 @@ int sa_cuda_choose_backward(sa_cuda_backward *b, sa_cuda_plan *plan)
 {
     sa_cuda_problem *p = &b->forward;
     begin(p, plan);
+    b->sums_offset = b->sums_bytes = b->sums_width = 0;
     b->sparse = p->starts.given || p->lengths.given || p->sequences > 0;
     b->aligned = reads_pieces(p) && tensor_in_pieces(&p->query, p->depth, p->dtype == SA_CUDA_F32 ? 4 : 2) &&
                  tensor_in_pieces(&p->sink_query, p->depth, 2) && tensor_in_pieces(&b->output_gradient, p->depth_v, 2);
@@ -383,20 +424,31 @@ int sa_cuda_choose_backward(sa_cuda_backward *b, sa_cuda_plan *plan)
         return 0;
     }
     const outline o = outline_of(p);
-    const backward_form form = backward_form_of(o.depth, p->dtype);
+    const bool one_pass = suits_one_pass(b, &o);
+    const backward_form form = one_pass ? (backward_form){SA_ONE_PASS_KEYS, SA_ONE_PASS_SLICE, SA_ONE_PASS_SHARED(o.depth), 0, 1}
+                                        : backward_form_of(o.depth, p->dtype);
     const int64_t bands = p->sequences > 0 ? 1 : p->batch, kind = p->dtype * 3 + o.bucket;
     reserve_backward(b, plan);
+    if (one_pass) {
+        b->sums_width = o.depth;
+        b->sums_bytes = p->batch * p->heads_q * p->query_length * o.depth * (int64_t)sizeof(float);
+        b->sums_offset = reserve(plan, b->sums_bytes);
+    }
     b->learned_tiles = ceil_div(p->learned, form.keys);
     b->key_tiles = ceil_div(p->kv_length, form.keys) + (p->sequences > 0 ? 2 * p->sequences : p->apart ? 1 : 0);
     b->query_tiles = ceil_div(p->query_length, form.queries) + p->sequences;
     const int64_t rows = ceil_div(p->batch * p->heads_q * p->query_length, SA_BACKWARD_ROW_WARPS);
     const int64_t keys = (b->learned_tiles + b->key_tiles * bands) * p->heads_kv * form.parts, queries = b->query_tiles * p->heads_q * bands;
     const int64_t biases = p->sink_bias.given ? ceil_div(p->heads_q * p->pinned, SA_BACKWARD_NUMBER_THREADS) : 0;
-    const bool fits = push(plan, BACKWARD_ROWS, rows, 32 * SA_BACKWARD_ROW_WARPS, 1, 0) &&
-                      push(plan, (int)(BACKWARD_KEYS + kind), keys, 32 * SA_BACKWARD_WARPS, 1, form.keys_shared) &&
-                      push(plan, (int)(BACKWARD_QUERIES + kind), queries, 32 * SA_BACKWARD_WARPS, 1, form.queries_shared) &&
-                      push(plan, BACKWARD_NUMBERS, b->logit_count + biases, SA_BACKWARD_NUMBER_THREADS, 1,
-                           SA_BACKWARD_NUMBER_THREADS * (int64_t)sizeof(double));
-    plan->path = sa_cuda_kernels[BACKWARD_QUERIES + kind].name;
+    const int64_t pieces = ceil_div(p->batch * p->heads_q * p->query_length * (p->depth / 8), SA_BACKWARD_NUMBER_THREADS);
+    const int half = p->dtype == SA_CUDA_BF16, keys_kernel = one_pass ? ONE_PASS + 2 * half + o.bucket : (int)(BACKWARD_KEYS + kind);
+    const bool fits =
+        push(plan, BACKWARD_ROWS, rows, 32 * SA_BACKWARD_ROW_WARPS, 1, 0) &&
+        push(plan, keys_kernel, keys, one_pass ? SA_ONE_PASS_THREADS : 32 * SA_BACKWARD_WARPS, 1, form.keys_shared) &&
+        (one_pass ? push(plan, FINISH + half, pieces, SA_BACKWARD_NUMBER_THREADS, 1, 0)
+                  : push(plan, (int)(BACKWARD_QUERIES + kind), queries, 32 * SA_BACKWARD_WARPS, 1, form.queries_shared)) &&
+        push(plan, BACKWARD_NUMBERS, b->logit_count + biases, SA_BACKWARD_NUMBER_THREADS, 1,
+             SA_BACKWARD_NUMBER_THREADS * (int64_t)sizeof(double));
+    plan->path = sa_cuda_kernels[one_pass ? keys_kernel : (int)(BACKWARD_QUERIES + kind)].name;
     return fits ? 0 : -1;
 }

@@ -5,12 +5,14 @@
  *
  *   decode.cu        decode_<t>_<d>    few query rows: keys split over CTAs; with `append` the whole streaming step
  *   prefill_sm80.cu  prefill_<t>_<d>   many query rows
+ *   prefill_sm90.cu  prefill_hopper_<t>_<d>  the same on Hopper, up to depth 128 and without what changes a score
  *   attend_f32.cu    attend_f32_<d>    fp32, both
  *   cache.cu         cache_rotate      rotates a chunk into scratch
  *                    cache_commit      writes a chunk into the slots and advances lengths and lows
  *   mass.cu          mass              per-key mass from lse
  *   backward_rows.cu  backward_rows, backward_numbers       what query rows bring along; gradients of small arrays
  *   backward_sm80.cu  backward_keys_<t>_<d>, backward_queries_<t>_<d>
+ *   backward_sm90.cu  backward_hopper_<t>_<d>, backward_finish_<t>  both in one pass on Hopper, up to depth 128
  *   backward_f32.cu   the same of fp32
  *
  * For every kernel the host sets MAX_DYNAMIC_SHARED_SIZE_BYTES to the device's opt-in limit, and for decode on sm_90
@@ -30,6 +32,7 @@ typedef struct sa_cuda_device {
     int32_t shared_limit;  /* opt-in bytes of shared memory a block */
     int32_t cluster_limit; /* largest cluster of decode kernels with all of an SM's shared memory that the device runs: 0, 8 or 16. 0 as
                             * well where the decode kernels that were loaded were not compiled for sm_90 (CU_FUNC_ATTRIBUTE_PTX_VERSION) */
+    int32_t wgmma;         /* the device runs code for sm_90a and the build has some */
 } sa_cuda_device;
 
 typedef struct sa_cuda_launch {

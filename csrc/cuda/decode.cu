@@ -17,12 +17,14 @@
  *   v2 scores by value, queries in registers                     14.2 / 41.0 / 131   4187   4364   21.5 / 48.1    2026-11-24
  *   v3 short set-up for one query a row; clusters of 8           11.7 / 38.4 / 128   4356   4461   19.9 / 45.8    2026-11-25
  *   v4 less code before the first key and after the last         10.3 / 37.1 / 132   4286   4388   14.4 / 41.5    2026-11-25
- *   v5 the token first, a lane for each split, early turns        not timed yet
+ *   v5 the token first, a lane for each split, early turns        10.1 / 37.4 / 126  4420   4511   12.1 / 38.8    2026-11-25
  * v4 ran on a machine whose plain read was slower by a tenth at B 64 in that run (3804 GB/s).
  * Limited by, at B 1: code that runs once and cold, about 7 cycles an instruction: of 17100 cycles 2750 pass before the first key is asked
  * for, 7500 while 64 multiprocessors draw at the full rate of the memory, 4500 from the last key to the end.
  * Tried and lost: clusters of 16 (7 fit at a time); two small CTAs a multiprocessor with splits; 16 splits meeting in scratch below
- * 100000 keys. */
+ * 100000 keys; at 131072 keys 8, 32 and 33 splits (134.8, 132.1, 132.3 us beside 125.9 with 16); two or three splits at B 64. Tried and not
+ * taken up: beginning before the kernel in front has ended (programmatic launch). It costs 0.4 to 1 us at 4096 keys where that kernel lets
+ * the next one begin at once; without that it gains 0.1 us there and 0.3 to 0.6 us in longer calls. */
 #include "decode_load.cuh"
 
 namespace sa

@@ -194,6 +194,11 @@ sa_status sa_device_cluster_limit(const char *function, const sa_device_scope *s
     return SA_OK;
 }
 
+bool sa_device_has_wgmma(const sa_device_scope *scope)
+{
+    return scope->device->capability == 90 && strstr(SA_CUDA_ARCHS, "sm_90a") != NULL;
+}
+
 int sa_cuda_kernel_total(void)
 {
     return sa_cuda_kernel_count + SA_OWN_KERNELS;

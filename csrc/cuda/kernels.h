@@ -18,6 +18,9 @@ sa_status sa_device_stage(const char *function, const sa_device_scope *scope, vo
 /* Fills cluster_limit, for which a kernel must be loaded. Called once a device, with the device current. */
 sa_status sa_device_cluster_limit(const char *function, const sa_device_scope *scope, int32_t *limit);
 
+/* Does the device run what was compiled for sm_90a, and is it there? */
+bool sa_device_has_wgmma(const sa_device_scope *scope);
+
 /* How often each kernel was launched since the process started. */
 int sa_cuda_kernel_total(void);
 const char *sa_cuda_kernel_name(int index);

@@ -137,6 +137,10 @@ enum {
     SA_F32_WARPS = 4,
     SA_PREFILL_ROWS = 64,
     SA_PREFILL_WARPS = 4,
+    SA_HOPPER_ROWS = 128,
+    SA_HOPPER_KEYS = 128,
+    SA_HOPPER_STAGES = 2,
+    SA_HOPPER_THREADS = 384, /* a warpgroup copies, two multiply */
     SA_MASS_KEYS = 64,
     SA_MASS_ROWS = 16,
     SA_MASS_WARPS = 8,
@@ -155,6 +159,8 @@ enum {
 #define SA_DECODE_SHARED(depth) (SA_DECODE_ROWS_SHARED + 2 * SA_DECODE_ROWS * (depth) * 2)
 #define SA_F32_SHARED(depth) (SA_ROWS_SHARED + 4 * ((SA_F32_ROWS + 2 * SA_F32_KEYS) * ((depth) + 4) + SA_F32_ROWS * (SA_F32_KEYS + 4)))
 #define SA_PREFILL_SHARED(depth) (SA_ROWS_SHARED + 2 * (depth) * (SA_PREFILL_ROWS + 4 * SA_PREFILL_KEYS(depth)))
+#define SA_HOPPER_ROWS_SHARED 11264 /* a multiple of 1024, to which swizzled panels are aligned */
+#define SA_HOPPER_SHARED(depth) (SA_HOPPER_ROWS_SHARED + 2 * (depth) * (SA_HOPPER_ROWS + 2 * SA_HOPPER_STAGES * SA_HOPPER_KEYS))
 #define SA_MASS_SHARED_TOTALS(stride) ((4 * (SA_MASS_KEYS + SA_MASS_ROWS) * (stride) + 7) / 8 * 8)
 #define SA_MASS_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS((depth) + 1) + 8 * 32 * SA_MASS_WARPS)
 #define SA_ROTATE_SHARED (2 * 2 * 128 * 4)

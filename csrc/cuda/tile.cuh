@@ -218,19 +218,26 @@ __device__ __forceinline__ void fill_lean_tile(const sa_cuda_problem &p, int64_t
     }
 }
 
-/* Fills the tile of a unit: (row, kv head, tile) or, packed, (tile, kv head). False where there is no such tile. All threads of the CTA;
- * ends with a barrier. `slice`: keys that the kernel takes at a time. */
+/* Fills the tile of a unit: (row, kv head, tile) or, packed, (tile, kv head). False where there is no such tile. All lanes of a warp.
+ * `slice`: keys that the kernel takes at a time. */
+template <int row_limit> __device__ __forceinline__ bool find_tile(const sa_cuda_problem &p, uint32_t unit, int slice, tile<row_limit> &t)
+{
+    const uint32_t heads = (uint32_t)p.heads_kv, tiles = (uint32_t)p.row_tiles; /* a grid is smaller than 2^31 */
+    const uint32_t head = p.sequences > 0 ? unit % heads : unit / tiles % heads;
+    int64_t index = p.sequences > 0 ? unit / heads : unit % tiles, row = unit / tiles / heads;
+    const bool exists = p.sequences == 0 || find_sequence(p, (uint32_t)p.heads_q / heads, row_limit, index, row);
+    if (exists) {
+        const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
+        fill_tile(p, at, index * row_limit, (int)head, slice, t);
+    }
+    return exists;
+}
+
+/* find_tile by all threads of the CTA; ends with a barrier. */
 template <int row_limit> __device__ __forceinline__ bool begin_tile(const sa_cuda_problem &p, uint32_t unit, int slice, tile<row_limit> &t)
 {
     if (threadIdx.x < 32) {
-        const uint32_t heads = (uint32_t)p.heads_kv, tiles = (uint32_t)p.row_tiles; /* a grid is smaller than 2^31 */
-        const uint32_t head = p.sequences > 0 ? unit % heads : unit / tiles % heads;
-        int64_t index = p.sequences > 0 ? unit / heads : unit % tiles, row = unit / tiles / heads;
-        const bool exists = p.sequences == 0 || find_sequence(p, (uint32_t)p.heads_q / heads, row_limit, index, row);
-        if (exists) {
-            const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
-            fill_tile(p, at, index * row_limit, (int)head, slice, t);
-        }
+        const bool exists = find_tile(p, unit, slice, t);
         if (threadIdx.x == 0) {
             t.exists = exists;
         }

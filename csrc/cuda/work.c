@@ -152,6 +152,7 @@ static sa_status full_facts(const char *function, const sa_device_scope *scope, 
     }
     *facts = *scope->device;
     facts->cluster_limit = limit;
+    facts->wgmma = sa_device_has_wgmma(scope);
     return SA_OK;
 }
 
@@ -315,6 +316,7 @@ static void clear_gradients(sa_cuda_work *work)
     const int64_t size = p->dtype == SA_CUDA_F32 ? 4 : 2, keys = p->batch * p->heads_kv * p->kv_length, learned = p->heads_kv * p->learned;
     const bool nothing = work->plan.launch_count == 0;
     clear_first(work, NULL, b->bias_offset, nothing ? 0 : b->bias_bytes);
+    clear_first(work, NULL, b->sums_offset, b->sums_bytes);
     if (b->sparse || nothing) {
         clear_first(work, b->key_gradient, 0, keys * p->depth * size);
         clear_first(work, b->value_gradient, 0, keys * p->depth_v * size);
@@ -331,6 +333,7 @@ static sa_status plan_backward(const sa_attend_backward_params *params, sa_cuda_
 {
     describe(&params->attend, NULL, &work->problem);
     describe_backward(params, &work->backward);
+    work->backward.one_pass = !params->deterministic && sa_device_has_wgmma(&work->scope);
     work->staged_count = work->cleared_count = 0;
     work->counters = NULL;
     take_arrays(&params->attend, work);

@@ -25,29 +25,29 @@ static int parse(sa_call *call, PyObject *const *arguments, sa_attend_backward_p
     return sa_parse_bool(call, "deterministic", arguments[DETERMINISTIC], &params->deterministic);
 }
 
-/* A dense array under `name`; NULL with an exception. */
-static void *add(sa_call *call, gradients *results, const char *name, sa_dtype dtype, int rank, const int64_t *shape)
+/* A dense array under `name`; false with an exception. An empty one may have no memory. */
+static bool add(sa_call *call, gradients *results, const char *name, sa_dtype dtype, int rank, const int64_t *shape, void **data)
 {
-    void *data = NULL;
-    PyObject *object = sa_new_result(call, &results->like, dtype, rank, shape, &data);
+    PyObject *object = sa_new_result(call, &results->like, dtype, rank, shape, data);
     if (object == NULL) {
-        return NULL;
+        return false;
     }
     results->name[results->count] = name;
     results->object[results->count++] = object;
-    return data;
+    return true;
 }
 
 static bool add_like(sa_call *call, gradients *results, const char *name, const sa_tensor *tensor, void **data)
 {
-    *data = add(call, results, name, tensor->dtype, tensor->rank, tensor->shape);
-    return *data != NULL;
+    return add(call, results, name, tensor->dtype, tensor->rank, tensor->shape, data);
 }
 
 static bool add_floats(sa_call *call, gradients *results, const char *name, const sa_floats *floats, float **data)
 {
-    *data = add(call, results, name, SA_F32, floats->rank, floats->shape);
-    return *data != NULL;
+    void *made = NULL;
+    const bool added = add(call, results, name, SA_F32, floats->rank, floats->shape, &made);
+    *data = made;
+    return added;
 }
 
 static int make_results(sa_call *call, sa_attend_backward_params *params, gradients *results)

@@ -210,11 +210,12 @@ def backward(torch, sizes):
                     float(counts.backward_flops(counts.visible_pairs(length), heads_q, depth)),
                     8.0 * (q.numel() + k.numel()), "FLOP/s", 2.5e-2, graph=False)
 
-        def ours(tensors=tensors, result=result):
-            return attend_backward(tensors[3], *tensors[:3], *result)["q"]
+        def ours(same, tensors=tensors, result=result):
+            return attend_backward(tensors[3], *tensors[:3], *result, deterministic=same)["q"]
 
         right = partial(last_gradients, torch, *tensors)
-        work.contestants.append(Contestant("sinkattn", "attend_backward", [ours], right))
+        for name, same in (("attend_backward", False), ("attend_backward, deterministic", True)):
+            work.contestants.append(Contestant("sinkattn", name, [partial(ours, same)], right))
         for form in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
             theirs = recorded(torch, form, *tensors)
             work.contestants.append(Contestant(

@@ -9,7 +9,8 @@ import copy
 import importlib.util
 import statistics
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,7 @@ class Sizes:
     depth: int = 64
     cache: tuple = (4, 1020)  # pinned, window
     contexts: tuple = (1024, 4096, 16384, 32768)
+    rows: int = 1
 
 
 QUICK = Sizes(hidden=32, layers=2, heads=(2, 1), depth=16, cache=(2, 14), contexts=(32,))
@@ -61,10 +63,10 @@ def make_models(sizes, dtype, device):
 class Stream:
     """A model in the middle of a text."""
 
-    def __init__(self, model, cache, context, fill):
+    def __init__(self, model, cache, context, fill, rows=1):
         import torch
         self.model, self.cache = model, cache
-        self.ids = torch.zeros(1, context + 1, dtype=torch.int64, device=model.device)
+        self.ids = torch.zeros(rows, context + 1, dtype=torch.int64, device=model.device)
         fill(cache, context)
 
     def generate(self):
@@ -82,7 +84,7 @@ class Stream:
 def random_states(sizes, context, model):
     """Keys and values of a layer."""
     import torch
-    shape = (1, sizes.heads[1], context, sizes.depth)
+    shape = (sizes.rows, sizes.heads[1], context, sizes.depth)
     return [torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2)]
 
 
@@ -94,11 +96,13 @@ def ours(sizes, model, context):
         import torch
         for layer in cache.layers:
             key, value = random_states(sizes, length, model)
-            query = key.new_zeros(1, sizes.heads[0], length, sizes.depth)
+            query = key.new_zeros(sizes.rows, sizes.heads[0], length, sizes.depth)
             with torch.no_grad():
-                layer.attend(query, key, value, Mask(Pattern(causal=True), 1, length, length, 0))
+                layer.attend(query, key, value,
+                             Mask(Pattern(causal=True), sizes.rows, length, length, 0))
     sinks, window = sizes.cache
-    return Stream(model, hf.SinkCache(model.config, sinks=sinks, window=window), context, fill)
+    return Stream(model, hf.SinkCache(model.config, sinks=sinks, window=window), context, fill,
+                  sizes.rows)
 
 
 def theirs(sizes, model, context):
@@ -107,7 +111,7 @@ def theirs(sizes, model, context):
     def fill(cache, length):
         for layer in range(sizes.layers):
             cache.update(*random_states(sizes, length, model), layer)
-    return Stream(model, DynamicCache(), context, fill)
+    return Stream(model, DynamicCache(), context, fill, sizes.rows)
 
 
 def bytes_of(cache):
@@ -207,31 +211,49 @@ def works(lab):
         yield work
 
 
+def contestants(options):
+    """(name, maker of its stream, place among the models, what holds while it runs)."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def without_cudnn():
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                            SDPBackend.MATH])
+    yield "SinkCache", ours, 0, nullcontext
+    yield "sdpa + DynamicCache", theirs, 1, nullcontext
+    if torch.device(options.device).type == "cuda":  # cuDNN plans anew for each new length
+        yield "the same without cuDNN", theirs, 1, without_cudnn
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m sinkattn.bench.hugging_face")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--rows", type=int, default=1, help="of the batch")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
-    sizes = QUICK if options.quick else Sizes()
+    sizes = replace(QUICK if options.quick else Sizes(), rows=options.rows)
     models = make_models(sizes, options.dtype, options.device)
-    print(f"tokens per second of generate, median of {options.repeats}; bytes of the cache")
+    print(f"tokens per second of generate, {sizes.rows} rows, median of {options.repeats}; bytes "
+          "of the cache")
     for context in sizes.contexts:
-        streams = [make(sizes, model, context) for make, model in zip((ours, theirs), models)]
-        held = [bytes_of(stream.cache) for stream in streams]
-        seconds = [[], []]
-        for stream in streams:
-            stream.generate()
-        for _ in range(options.repeats):
-            for stream, taken in zip(streams, seconds):
-                begin = time.perf_counter()
-                stream.generate()[0, -1].item()  # waits for a device
-                taken.append(time.perf_counter() - begin)
-        rates = [TOKENS / statistics.median(taken) for taken in seconds]
-        print(f"after {context:6}: SinkCache {rates[0]:8.1f} ({held[0]} bytes), sdpa + "
-              f"DynamicCache {rates[1]:8.1f} ({held[1]} bytes), {rates[0] / rates[1]:.2f}x; "
-              f"error of ours {stream_error(streams[0]):.1e}")
+        streams = [(name, make(sizes, models[at], context), around)
+                   for name, make, at, around in contestants(options)]
+        held = [bytes_of(stream.cache) for _, stream, _ in streams]
+        seconds = [[] for _ in streams]
+        for turn in range(options.repeats + 1):
+            for (_, stream, around), taken in zip(streams, seconds):
+                with around():
+                    begin = time.perf_counter()
+                    stream.generate()[0, -1].item()  # waits for a device
+                if turn > 0:
+                    taken.append(time.perf_counter() - begin)
+        rates = [sizes.rows * TOKENS / statistics.median(taken) for taken in seconds]
+        print(f"after {context:6}: " + ", ".join(
+            f"{name} {rate:8.1f} ({size} bytes, {rates[0] / rate:.2f}x)"
+            for (name, _, _), rate, size in zip(streams, rates, held))
+            + f"; error of ours {stream_error(streams[0][1]):.1e}")
     return 0
 
 

@@ -1,4 +1,5 @@
 /* The choice of kernels, without a GPU: what holds for every shape, and the layouts that were measured to be best. Exits 1 at the first failure. */
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -110,6 +111,29 @@ static void backward_sweep(void)
     CHECK(sa_cuda_choose_backward(&nothing, &plan) == 0 && plan.launch_count == 0 && plan.scratch_bytes == 0);
 }
 
+/* One pass where the sums may come in any order, and a score is nothing but scaled and hidden. */
+static void one_pass(void)
+{
+    for (int kind = 0; kind < 9; kind++) {
+        const int64_t depth = kind == 1 ? 64 : kind == 2 ? 192 : 128;
+        sa_cuda_backward b = {.forward = problem_of(2, 8, 2, depth, 1000, 1500, kind == 3 ? SA_CUDA_F32 : SA_CUDA_BF16)};
+        sa_cuda_plan plan;
+        b.one_pass = kind != 4;
+        b.forward.softcap = kind == 5 ? 30.0f : 0.0f;
+        b.forward.sink_bias.given = kind == 6;
+        b.forward.alibi_slopes.given = kind == 7;
+        b.forward.query = (sa_cuda_tensor){.data = (void *)(uintptr_t)256, .token = kind == 8 ? 127 : 128};
+        CHECK(sa_cuda_choose_backward(&b, &plan) == 0 && plan.launch_count == 3);
+        check_plan(&b.forward, &h200, &plan);
+        CHECK((strncmp(plan.path, "backward_hopper_bf16", 20) == 0) == (kind < 2) && (b.sums_bytes > 0) == (kind < 2));
+        if (kind < 2) {
+            CHECK(b.key_tiles == 12 && plan.launches[1].grid == 12 * 2 * 2 && plan.launches[1].block == 256);
+            CHECK(b.sums_bytes == 2 * 8 * 1000 * b.sums_width * 4 && b.sums_offset + b.sums_bytes <= plan.scratch_bytes);
+            CHECK(plan.launches[2].grid * 256 >= 2 * 8 * 1000 * b.forward.depth / 8 && b.sums_width == b.forward.depth);
+        }
+    }
+}
+
 static void expect_decode(sa_cuda_problem p, int32_t splits, uint32_t cluster, uint32_t block)
 {
     const sa_cuda_plan plan = plan_of(&p, &h200);
@@ -178,6 +202,42 @@ static void pieces_and_windows(void)
     CHECK(p.common_window == 0 && !p.lean);
 }
 
+static bool takes_hopper(sa_cuda_problem p, const sa_cuda_device *device)
+{
+    const sa_cuda_plan plan = plan_of(&p, device);
+    return strncmp(plan.path, "prefill_hopper", 14) == 0;
+}
+
+/* What the kernel for Hopper takes, and each thing that it leaves to the other. */
+static void hopper_prefill(void)
+{
+    sa_cuda_device hopper = h200;
+    hopper.wgmma = 1;
+    sa_cuda_problem plain = problem_of(2, 8, 2, 128, 3000, 3000, SA_CUDA_BF16);
+    plain.scale = 0.1f;
+    CHECK(takes_hopper(plain, &hopper) && !takes_hopper(plain, &h200));
+    sa_cuda_problem p = plain;
+    p.depth = p.depth_v = 192;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.scale = -0.1f;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.window = (sa_cuda_numbers){.value = 1024.0, .given = 1};
+    CHECK(takes_hopper(p, &hopper));
+    p.window.value = 128.0;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.softcap = 3.0f;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.query.data = (void *)(uintptr_t)8;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    make_cache(&p, 4, 1000);
+    CHECK(!takes_hopper(p, &hopper));
+}
+
 static void refuses_endless_grids(void)
 {
     sa_cuda_problem p = problem_of(1LL << 31, 8, 8, 64, 1, 10, SA_CUDA_BF16);
@@ -189,10 +249,12 @@ int main(void)
 {
     sweep();
     backward_sweep();
+    one_pass();
     measured_layouts();
     cache_launches();
     nothing_to_do();
     pieces_and_windows();
+    hopper_prefill();
     refuses_endless_grids();
     printf("ok\n");
     return 0;

@@ -197,6 +197,28 @@ def test_gradients_of_every_argument(library, seed, dtype):
     check_gradients(library, random, q, k, v, on_device=seed % 2 == 1, **arguments)
 
 
+@pytest.mark.parametrize(("dtype", "depth", "arguments"), [
+    ("bfloat16", 128, {"window": 40, "sinks": 4, "sink_logits": np.array([0.5, np.inf])}),
+    ("float16", 64, {"causal": False}),
+    ("float16", 56, {"cu_seqlens_q": np.array([0, 30, 30, 70]), "cu_seqlens_k": np.array([0, 80, 90, 200]), "window": 70}),
+    ("bfloat16", 64, {"window": np.array([9, 150]), "lengths": np.array([170]), "starts": np.array([10]),
+                      "q_lengths": np.array([65])})], ids=str)
+def test_gradients_in_one_pass(library, dtype, depth, arguments):
+    """Hopper's kernel; keys that no query sees and rows of infinite lse are NaN."""
+    random = np.random.default_rng(11)
+    q, dout = (normal(random, 1, 2, 70, depth, dtype=dtype) for _ in range(2))
+    k, v = (normal(random, 1, 1, 200, depth, dtype=dtype) for _ in range(2))
+    if dtype == "float16":
+        arguments = {**arguments, "sink_kv": tuple(normal(random, 1, 3, depth, dtype=dtype) for _ in range(2))}
+    out, lse = (x.astype(t) for x, t in zip(reference.attend(q, k, v, return_lse=True, **arguments), (q.dtype, np.float32)))
+    expected = flat(reference.attend_backward(dout, q, k, v, out, lse, **arguments))
+    unseen = ~(expected["k"] != 0).any(-1)
+    k[unseen] = v[unseen] = np.nan
+    q[np.isinf(lse)] = dout[np.isinf(lse)] = np.nan
+    got = flat(emulated.attend_backward(library, dout, q, k, v, out, lse, one_pass=True, **arguments))
+    assert_gradients(got, expected, dtype)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_gradients_of_what_nobody_sees_are_zero(library, dtype):
     """Padding, keys outside every window, a removed column, and queries that are not real, all NaN."""

@@ -65,6 +65,16 @@ def growth(call):
     return sys.getallocatedblocks() - blocks, handed_out() - bytes_
 
 
+@pytest.fixture(scope="module", autouse=True)
+def only_what_comes_is_searched():
+    """Collections pass over what was there before (torch and all that other tests imported: most of the time of this module); every
+    object made from here on is searched, and the counts are of all."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def assert_no_growth(call):
     """What leaks does so in every round; what the interpreter keeps once, only in the first ones (up to
     86 blocks in the second, seen in a new process)."""

@@ -22,7 +22,7 @@ int64_t sa_dtype_size(sa_dtype dtype)
 
 sa_status sa_device_enter(const char *, int, sa_device_scope *scope)
 {
-    static const sa_cuda_device h200 = {90, 132, 232448, 0};
+    static const sa_cuda_device h200 = {90, 132, 232448, 0, 0};
     scope->device = &h200;
     scope->ordinal = 0;
     return SA_OK;
@@ -36,6 +36,13 @@ sa_status sa_device_cluster_limit(const char *, const sa_device_scope *, int32_t
 {
     *limit = 8;
     return SA_OK;
+}
+
+bool has_wgmma;
+
+bool sa_device_has_wgmma(const sa_device_scope *)
+{
+    return has_wgmma;
 }
 
 sa_status sa_device_launch(const char *, const sa_device_scope *, const sa_cuda_launch *launch, void *pod, void *)

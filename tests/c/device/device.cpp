@@ -75,8 +75,8 @@ static void prepare_blocks(cluster &c, const sa_cuda_launch &launch)
     c.blocks.resize(launch.cluster);
     for (unsigned rank = 0; rank < launch.cluster; rank++) {
         block &b = c.blocks[rank];
-        b.memory.assign(launch.shared + 256, (char)0xff);
-        b.shared = (char *)(((uintptr_t)b.memory.data() + 127) / 128 * 128);
+        b.memory.assign(launch.shared + 2048, (char)0xff);
+        b.shared = (char *)(((uintptr_t)b.memory.data() + 1023) / 1024 * 1024);
         b.number = c.number * launch.cluster + rank;
         b.warps.resize(launch.block / 32);
     }
@@ -151,7 +151,8 @@ void launch_kernel(const std::function<void()> &kernel, const sa_cuda_launch &la
         _(backward_queries_f32_128) _(backward_queries_f32_256) _(backward_keys_f16_64) _(backward_keys_f16_128) _(backward_keys_f16_256)  \
             _(backward_keys_bf16_64) _(backward_keys_bf16_128) _(backward_keys_bf16_256) _(backward_queries_f16_64)                        \
                 _(backward_queries_f16_128) _(backward_queries_f16_256) _(backward_queries_bf16_64) _(backward_queries_bf16_128)           \
-                    _(backward_queries_bf16_256)
+                    _(backward_queries_bf16_256) _(backward_hopper_f16_64) _(backward_hopper_f16_128) _(backward_hopper_bf16_64)           \
+                        _(backward_hopper_bf16_128) _(backward_finish_f16) _(backward_finish_bf16)
 
 #define SA_DECLARE(name) extern "C" void name(sa_cuda_problem);
 SA_KERNELS(SA_DECLARE)
