@@ -10,7 +10,12 @@
 
 enum { MAX_KERNELS = 256, MAX_IMAGES = 32 };
 
-static const sa_cuda_kernel own_kernels[SA_OWN_KERNELS] = {[SA_KERNEL_STAGE] = {"stage", "stage"}, [SA_KERNEL_MERGE] = {"merge", "merge"}};
+static const sa_cuda_kernel own_kernels[SA_OWN_KERNELS] = {
+    [SA_KERNEL_STAGE] = {"stage", "stage"},          [SA_KERNEL_MERGE] = {"merge", "merge"},
+    [SA_KERNEL_KV_APPEND] = {"kv_append", "kv_append"}, [SA_KERNEL_KV_STEP] = {"kv_step", "kv_step"},
+    [SA_KERNEL_KV_EVICT] = {"kv_evict", "kv_evict"},    [SA_KERNEL_KV_MASS] = {"kv_mass", "kv_evict"},
+    [SA_KERNEL_KV_WEIGHTS] = {"kv_weights", "kv_weights"},
+};
 
 typedef struct library {
     const char *image;

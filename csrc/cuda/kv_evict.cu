@@ -1,77 +1,16 @@
-/* KVCache: new tokens into the slots, and tokens out of them; csrc/core/policy.c and csrc/cpu/kv_evict.c have the words.
+/* KVCache: tokens out of the slots, any number at a time; csrc/core/policy.c and csrc/cpu/kv_evict.c have the words.
  *
- * kv_append: a warp for each new token of a stream, behind those that are held.
  * kv_evict: a CTA for each stream. It takes in the weights that the queries gave, finds the `leaving` lowest scores (one: by a minimum; more:
  * by bisection of the scores as ordered bits, which is exact), writes the ledger, and moves who lies behind the tokens that stay into the
  * slots of those that left. No atomics; every result is the same each time. bytes = slots * (weights + state), read and written once.
+ * kv_mass: what the tokens held received in a call, in order of their positions. A step of one token is kv_step.cu's.
  * Not timed yet. */
-#include "kv_slots.h"
-#include "problem.cuh"
+#include "kv_slots.cuh"
 
 namespace sa
 {
 
-/* In the order of sa_policy_kind. */
-enum policy_kind { sink_window, h2o, h2o_norm, h2o_ema, v_length_h2o, scissorhands, tova, snap_kv, key_diff, k_norm, cur, expected, drawn };
-
 constexpr int evict_threads = 32 * SA_KV_EVICT_WARPS;
-
-__device__ __forceinline__ int64_t new_tokens(const sa_cuda_slots &c, int64_t row)
-{
-    return c.new_lengths.given ? clamp(integer_at(c.new_lengths, row) - c.first, 0, c.tokens) : c.tokens;
-}
-
-__device__ __forceinline__ double wide_number(int dtype, const void *data, int64_t at)
-{
-    return dtype == SA_CUDA_F32   ? (double)((const float *)data)[at]
-           : dtype == SA_CUDA_F16 ? (double)f16::wide(((const uint16_t *)data)[at])
-                                  : (double)bf16::wide(((const uint16_t *)data)[at]);
-}
-
-/* Copies one vector, by a warp; lane 0 returns the root of its square sum in the order of the elements where it is wanted. */
-__device__ double take_vector(const sa_cuda_slots &c, const void *from, int64_t source, void *to, int64_t target, int64_t depth, bool measured)
-{
-    double sum = 0.0;
-    for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
-        if (c.dtype == SA_CUDA_F32) {
-            ((uint32_t *)to)[target + d] = ((const uint32_t *)from)[source + d];
-        } else {
-            ((uint16_t *)to)[target + d] = ((const uint16_t *)from)[source + d];
-        }
-    }
-    for (int64_t d = 0; d < depth && measured && threadIdx.x % 32 == 0; d++) {
-        const double x = wide_number(c.dtype, from, source + d);
-        sum += product(x, x);
-    }
-    return sqrt(sum);
-}
-
-__device__ void append(const sa_cuda_slots &c)
-{
-    const int64_t parts = gridDim.x / (c.batch * c.heads_kv), stream = blockIdx.x / parts, row = stream / c.heads_kv, head = stream % c.heads_kv;
-    const int64_t held = clamp(c.held[stream], 0, c.stride), fresh = least(new_tokens(c, row), c.stride - held);
-    const int64_t token = blockIdx.x % parts * SA_KV_APPEND_WARPS + threadIdx.x / 32;
-    if (blockIdx.x % parts == 0 && threadIdx.x == 0) {
-        c.counts[stream] = held + fresh;
-    }
-    if (token >= fresh) {
-        return;
-    }
-    const int64_t slot = stream * c.stride + held + token, all = c.batch * c.heads_kv * c.stride;
-    const int64_t key = row * c.key.batch + head * c.key.head + (c.first + token) * c.key.token;
-    const int64_t value = row * c.value.batch + head * c.value.head + (c.first + token) * c.value.token;
-    const double key_length = take_vector(c, c.key.data, key, c.keys, slot * c.depth, c.depth, c.kind == k_norm || c.kind == key_diff);
-    const double value_length = take_vector(c, c.value.data, value, c.values, slot * c.depth_v, c.depth_v, c.kind == v_length_h2o);
-    for (int64_t i = threadIdx.x % 32; i < c.ring_bytes; i += 32) {
-        c.rings[slot * c.ring_bytes + i] = 0;
-    }
-    if (threadIdx.x % 32 == 0) {
-        c.positions[slot] = c.lengths[stream] + token;
-        c.mass[slot] = c.call[slot] = 0.0;
-        c.own[slot] = key_length;
-        c.own[all + slot] = value_length;
-    }
-}
 
 /* --- what a CTA knows of its stream ------------------------------------------------------------------------------------------------- */
 
@@ -86,15 +25,8 @@ struct judged {
     int64_t position;
 };
 
-/* A token, by what decides who leaves. */
-struct lowest {
-    uint64_t score;
-    int64_t position, slot;
-};
-
 struct evict_shared {
     judged at;
-    double sum;
     lowest found[SA_KV_EVICT_WARPS];
     int64_t counts[SA_KV_EVICT_WARPS];
     double sums[SA_KV_EVICT_WARPS];
@@ -102,8 +34,7 @@ struct evict_shared {
 
 __device__ int64_t budget_at(const sa_cuda_slots &c, int64_t head, int64_t length)
 {
-    const int64_t part = c.share > 0.0 ? (int64_t)ceil(c.share * (double)length) : 0;
-    return least(length, most(c.budgets[head], part));
+    return least(length, c.budgets[head]);
 }
 
 __device__ judged judge(const sa_cuda_slots &c)
@@ -157,9 +88,7 @@ __device__ void observe(const sa_cuda_slots &c, const judged &at, int64_t slot, 
     } else if (c.kind == snap_kv) {
         ((float *)(c.rings + slot * c.ring_bytes))[place] = weight;
     } else if (c.kind == scissorhands) {
-        uint64_t *word = (uint64_t *)(c.rings + slot * c.ring_bytes) + place / 64;
-        const uint64_t bit = (uint64_t)1 << place % 64;
-        *word = (double)weight * (double)visible >= 1.0 ? *word | bit : *word & ~bit;
+        put_bit(c, slot, place, (double)weight * (double)visible >= 1.0);
     }
 }
 
@@ -168,7 +97,7 @@ __device__ void take_weights(const sa_cuda_slots &c, evict_shared &s)
     const judged &at = s.at;
     const bool each = c.kind >= h2o_ema && c.kind <= snap_kv;
     const int64_t rows = c.weights == nullptr ? 0 : each ? at.fresh : least(c.weight_rows, at.fresh), all = c.batch * c.heads_kv * c.stride;
-    for (int64_t i = threadIdx.x; i < at.held && c.first_part; i += evict_threads) {
+    for (int64_t i = threadIdx.x; i < at.held && c.first_part && c.keep_call; i += evict_threads) {
         c.call[at.first + i] = 0.0;
     }
     for (int64_t row = 0; row < rows; row++) {
@@ -181,7 +110,9 @@ __device__ void take_weights(const sa_cuda_slots &c, evict_shared &s)
         for (int64_t i = threadIdx.x; i < at.count; i += evict_threads) {
             const int64_t slot = at.first + i;
             c.mass[slot] += (double)weights[i];
-            c.call[slot] += (double)weights[i];
+            if (c.keep_call) {
+                c.call[slot] += (double)weights[i];
+            }
             if (sum > 0.0) {
                 c.own[slot] += product((double)weights[i], c.own[all + slot]) / sum;
             } else if (c.kind != v_length_h2o && each) {
@@ -193,51 +124,20 @@ __device__ void take_weights(const sa_cuda_slots &c, evict_shared &s)
 
 /* --- scores ------------------------------------------------------------------------------------------------------------------------- */
 
-__device__ __forceinline__ uint64_t mixed(uint64_t x)
-{
-    x += 0x9e3779b97f4a7c15u;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return x ^ x >> 31;
-}
-
 __device__ double score_of(const sa_cuda_slots &c, const judged &at, int64_t i)
 {
     const int64_t slot = at.first + i;
-    double sum = 0.0;
     switch (c.kind) {
     case h2o: return c.mass[slot];
     case h2o_norm: return c.mass[slot] / (double)(at.length - c.positions[slot]);
     case h2o_ema:
     case v_length_h2o: return c.own[slot];
     case k_norm: return -c.own[slot];
-    case drawn: return (double)(mixed(mixed(mixed(c.seed + (uint64_t)at.row) + (uint64_t)at.head) + (uint64_t)c.positions[slot]) >> 11) * 0x1p-53;
-    case scissorhands:
-        for (int64_t word = 0; word < c.ring_bytes / 8; word++) {
-            const uint64_t bits = ((const uint64_t *)(c.rings + slot * c.ring_bytes))[word];
-            sum += (double)(__popc((uint32_t)bits) + __popc((uint32_t)(bits >> 32)));
-        }
-        return sum;
-    case tova: /* every head holds the same tokens in the same slots */
-        for (int64_t head = 0; head < c.heads_kv && at.fresh > 0; head++) {
-            sum += (double)c.weights[((at.row * c.heads_kv + head) * c.weight_rows + at.fresh - 1) * c.stride + i];
-        }
-        return sum / (double)c.heads_kv;
+    case drawn: return drawn_score(c, at.row, at.head, c.positions[slot]);
+    case scissorhands: return bits_set(c, slot);
+    case tova: return shared_weight(c, at.row, at.fresh - 1, i);
     default: return 0.0; /* SinkWindow: ties go to the newer */
     }
-}
-
-/* As whole numbers in the same order: NaN lowest, both zeros alike. */
-__device__ __forceinline__ uint64_t ordered(double score)
-{
-    if (score != score) {
-        return 0;
-    }
-    union {
-        double number;
-        uint64_t bits;
-    } as = {score + 0.0};
-    return as.bits >> 63 ? ~as.bits : as.bits | (uint64_t)1 << 63;
 }
 
 /* SnapKV: mean over the window's queries, pooled over neighbours in order of position. Ranks are counted, slot by slot: exact, and n^2. */
@@ -296,13 +196,6 @@ __device__ int64_t count_below(const sa_cuda_slots &c, evict_shared &s, uint64_t
     return sum_all(count, s.counts);
 }
 
-__device__ __forceinline__ void take_lower(lowest &own, const lowest &other)
-{
-    if (other.score < own.score || (other.score == own.score && other.position < own.position)) {
-        own = other;
-    }
-}
-
 /* The slot of the single lowest, by a minimum over the CTA: no score is ever written. */
 __device__ int64_t find_lowest(const sa_cuda_slots &c, evict_shared &s)
 {
@@ -312,10 +205,7 @@ __device__ int64_t find_lowest(const sa_cuda_slots &c, evict_shared &s)
             take_lower(own, {score_bits(c, s.at, i), c.positions[s.at.first + i], i});
         }
     }
-    for (int step = 16; step > 0; step /= 2) {
-        take_lower(own, {__shfl_xor_sync(~0u, own.score, step), __shfl_xor_sync(~0u, own.position, step),
-                         __shfl_xor_sync(~0u, own.slot, step)});
-    }
+    take_lowest_of_warp(own);
     if (threadIdx.x % 32 == 0) {
         s.found[threadIdx.x / 32] = own;
     }
@@ -378,19 +268,6 @@ __device__ int64_t list_slots(const sa_cuda_slots &c, evict_shared &s, int64_t b
     return listed;
 }
 
-__device__ int ledger_bin(double mass)
-{
-    if (!(mass > 0.0)) {
-        return 0;
-    }
-    union {
-        double number;
-        uint64_t bits;
-    } as = {mass};
-    const int bin = (int)(as.bits >> 52 & 2047) - 1023 + 48; /* denormals lie far below the first bin */
-    return bin < 0 ? 0 : bin >= SA_LEDGER_BINS ? SA_LEDGER_BINS - 1 : bin;
-}
-
 /* In order of position: the sums of a ledger do not depend on slots. list: those that leave; sorted: as many. */
 __device__ void record(const sa_cuda_slots &c, const judged &at, const int32_t *list, int32_t *sorted)
 {
@@ -402,20 +279,9 @@ __device__ void record(const sa_cuda_slots &c, const judged &at, const int32_t *
         sorted[rank] = list[i];
     }
     __syncthreads();
-    sa_ledger *ledger = c.ledgers + at.stream;
     for (int64_t i = 0; i < at.leaving && threadIdx.x == 0; i++) {
         const int64_t slot = at.first + sorted[i];
-        double mass = (double)NAN;
-        ledger->evicted++;
-        if (c.weights != nullptr) {
-            mass = c.mass[slot];
-            ledger->mass += mass;
-            ledger->largest = mass > ledger->largest ? mass : ledger->largest;
-            ledger->histogram[ledger_bin(mass)]++;
-        }
-        if (c.log_size > 0) {
-            c.log[at.stream * c.log_size + ledger->logged++ % c.log_size] = {c.positions[slot], at.length, mass};
-        }
+        record_one(c, at.stream, c.positions[slot], at.length, c.mass[slot]);
     }
     __syncthreads();
 }
@@ -477,10 +343,21 @@ __device__ int64_t choose_many(const sa_cuda_slots &c, evict_shared &s)
     return list_slots(c, s, s.at.stay, s.at.count, false, s.at.list + c.stride); /* gaps: those that leave, from the first on */
 }
 
+/* The lse of a part into its place among those of the call. */
+__device__ void place_lse(const sa_cuda_slots &c)
+{
+    const int64_t heads = c.heads_kv * c.group, rows = c.group * c.tokens;
+    for (int64_t i = threadIdx.x; i < rows && c.lse != nullptr; i += evict_threads) {
+        const int64_t head = blockIdx.x / c.heads_kv * heads + blockIdx.x % c.heads_kv * c.group + i / c.tokens;
+        c.lse_out[head * c.lse_length + c.first + i % c.tokens] = c.lse[head * c.tokens + i % c.tokens];
+    }
+}
+
 __device__ void evict(const sa_cuda_slots &c)
 {
     extern __shared__ __align__(16) char memory[];
     evict_shared &s = *(evict_shared *)memory;
+    place_lse(c);
     if (threadIdx.x == 0) {
         s.at = judge(c);
     }
@@ -506,14 +383,31 @@ __device__ void evict(const sa_cuda_slots &c)
     }
 }
 
-} // namespace sa
-
-extern "C" __global__ void __launch_bounds__(32 * SA_KV_APPEND_WARPS) kv_append(const __grid_constant__ sa_cuda_slots c)
+/* A place for each token held, by counting the positions before it. */
+__device__ void take_mass(const sa_cuda_slots &c)
 {
-    sa::append(c);
+    const int64_t first = blockIdx.x * c.stride, held = clamp(c.held[blockIdx.x], 0, c.slots);
+    float *out = c.mass_out + blockIdx.x * c.slots;
+    for (int64_t i = threadIdx.x; i < c.slots; i += evict_threads) {
+        int64_t rank = i;
+        if (i < held) {
+            rank = 0;
+            for (int64_t j = 0; j < held; j++) {
+                rank += c.positions[first + j] < c.positions[first + i];
+            }
+        }
+        out[rank] = i < held ? (float)c.call[first + i] : 0.0f;
+    }
 }
+
+} // namespace sa
 
 extern "C" __global__ void __launch_bounds__(32 * SA_KV_EVICT_WARPS) kv_evict(const __grid_constant__ sa_cuda_slots c)
 {
     sa::evict(c);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * SA_KV_EVICT_WARPS) kv_mass(const __grid_constant__ sa_cuda_slots c)
+{
+    sa::take_mass(c);
 }

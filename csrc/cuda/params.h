@@ -80,7 +80,7 @@ typedef struct sa_cuda_problem {
     sa_cuda_numbers alibi_slopes;     /* [batch, heads_q] */
     sa_cuda_numbers window;           /* [heads_q, -] 0: none; not with a cache */
     sa_cuda_numbers starts;           /* [batch, -] */
-    sa_cuda_numbers lengths;          /* [batch, -] */
+    sa_cuda_numbers lengths;          /* [batch, heads_kv] */
     sa_cuda_numbers query_lengths;    /* [batch, -]; new_lengths of a cache */
     sa_cuda_numbers cumulative_query; /* [sequences + 1, -] */
     sa_cuda_numbers cumulative_key;   /* [sequences + 1, -] */

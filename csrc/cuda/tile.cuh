@@ -185,7 +185,7 @@ __device__ __forceinline__ void fill_lean_tile(const sa_cuda_problem &p, int64_t
                                                tile<row_limit> &t)
 {
     const int lane = threadIdx.x % 32, group = p.group;
-    const place at = batch_row(p, row);
+    const place at = batch_row(p, row, head);
     const int rows = group - first_row < row_limit ? group - first_row : row_limit, real = at.query_count > 0 ? rows : 0;
     const run own = lean_run(p, at, head, lane);
     const int place = fill_runs(own, t.list);
@@ -227,7 +227,7 @@ template <int row_limit> __device__ __forceinline__ bool find_tile(const sa_cuda
     int64_t index = p.sequences > 0 ? unit / heads : unit % tiles, row = unit / tiles / heads;
     const bool exists = p.sequences == 0 || find_sequence(p, (uint32_t)p.heads_q / heads, row_limit, index, row);
     if (exists) {
-        const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
+        const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row, head);
         fill_tile(p, at, index * row_limit, (int)head, slice, t);
     }
     return exists;
