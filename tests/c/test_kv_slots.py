@@ -5,7 +5,6 @@ import ctypes
 import platform
 import shutil
 
-import emulated
 import numpy as np
 import pytest
 from emulated import F64, I32, I64, POINTER, Numbers, Tensor, _fields, _numbers, _tensor
@@ -40,20 +39,14 @@ DEPARTURE = np.dtype([("position", "i8"), ("length", "i8"), ("mass", "f8")])
 class Slots(ctypes.Structure):
     """sa_cuda_slots of csrc/cuda/kv_slots.h."""
 
-    _fields_ = [*_fields(Tensor, "key value"), ("new_lengths", Numbers), *_fields(I64, "first tokens"),
+    _fields_ = [*_fields(Tensor, "key value query"), ("new_lengths", Numbers), *_fields(I64, "first tokens"),
                 *_fields(POINTER, "keys values positions mass call own rings held lengths evicted_at "
-                                  "counts ledgers log budgets weights scratch"),
-                *_fields(I64, "batch heads_kv stride depth depth_v weight_rows ring_bytes log_size "
-                              "pinned recent every window kernel"),
-                *_fields(F64, "share decay"), ("seed", ctypes.c_uint64),
-                *_fields(I32, "kind dtype first_part maximum")]
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    library = emulated.build(tmp_path_factory.mktemp("kernels"))
-    assert library.size_of_kv_slots() == ctypes.sizeof(Slots)
-    return library
+                                  "counts fresh ledgers log budgets inv_freq weights scratch turned lse "
+                                  "lse_out mass_out"),
+                *_fields(I64, "batch heads_kv group stride slots depth depth_v weight_rows ring_bytes "
+                              "log_size lse_length pinned recent every window kernel pairs"),
+                *_fields(F64, "decay scaling"), ("seed", ctypes.c_uint64),
+                *_fields(I32, "kind dtype first_part keep_call maximum interleaved")]
 
 
 class Cache:
@@ -73,12 +66,14 @@ class Cache:
             "rings": np.full((streams, stride, ring), 255, np.uint8),
             "held": np.zeros(streams, int), "lengths": np.zeros(streams, int),
             "evicted_at": np.zeros(streams, int), "counts": np.zeros(streams, int),
+            "fresh": np.zeros(batch, int),
             "ledgers": np.zeros(streams, LEDGER), "log": np.zeros((streams, log), DEPARTURE),
             "budgets": np.full(heads, budget), "scratch": np.zeros((streams, 3, stride), np.uint64)}
         self.slots = Slots(batch=batch, heads_kv=heads, stride=stride, depth=depth, depth_v=depth,
-                           ring_bytes=ring, log_size=log, pinned=sinks, recent=recent, every=every,
-                           window=window, kernel=kernel, maximum=maximum, share=0.0, decay=decay, seed=seed,
-                           kind=KINDS.index(type(policy).__name__), dtype=0, first_part=1)
+                           slots=budget + every - 1, ring_bytes=ring, log_size=log, pinned=sinks, recent=recent, every=every,
+                           window=window, kernel=kernel, maximum=maximum, decay=decay, seed=seed,
+                           kind=KINDS.index(type(policy).__name__), dtype=0, first_part=1,
+                           keep_call=1)
         for name, array in self.arrays.items():
             setattr(self.slots, name, array.ctypes.data)
 
@@ -108,6 +103,7 @@ def normal(random, *shape):
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 @pytest.mark.parametrize("every", [1, 5])
 def test_slots_keep_what_the_statement_keeps(library, policy, every):
+    assert library.size_of_kv_slots() == ctypes.sizeof(Slots)
     random = np.random.default_rng([11, every])
     batch, heads, depth, chunk, bounds = 2, 2, 4, 9, {
         "budget": 24, "sinks": 2, "recent": max(5, policy.protects)}
