@@ -36,11 +36,11 @@ class KVCache(CoreCache):
     chunk : int >= 1. A longer call is cut into parts of so many tokens, and tokens leave between
         them, so that no more than budget + every - 1 + chunk are ever there.
     dtype, device : as of SinkCache. On CUDA a call and its eviction are kernels on the caller's
-        stream, with fixed shapes, so that a captured step replays; what says what is held (`length`,
-        `kept()`, `ledger`, `crop`, `state_dict`) waits for the stream. There each kv head of a
-        row has the slots of the largest budget and room for `chunk` more, and these are refused by
-        name: KeyDiff, CUR, ExpectedAttention and Custom, a float budget, positions="slot" with a
-        rope, and ALiBi.
+        stream, with fixed shapes, so that a captured step replays; what tells what is held
+        (`length`, `kept()`, `ledger`, `crop`, `state_dict`) waits for the stream. There each kv
+        head of a row has the slots of the largest budget and room for `chunk` more, and these are
+        refused by name: KeyDiff, CUR, ExpectedAttention and Custom, a float budget,
+        positions="slot" with a rope, and ALiBi.
     rope, positions : as of SinkCache. "original" keeps distances in the text. "slot" counts the
         tokens that are held: it needs raw keys (`applied=False`), which are turned for each call.
     track_mass : bool. The ledger knows the mass of what left; it costs a policy that needs no mass
