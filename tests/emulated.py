@@ -58,11 +58,11 @@ class Problem(ctypes.Structure):
         *_fields(I32, "dtype causal mass_maximum padding"), *_fields(POINTER, "scratch counters"),
         *_fields(I64, "partial_offset state_offset lse_offset rotated_offset row_tiles"),
         *_fields(I32, "splits clustered append aligned lean group apart weighs"),
-        ("common_window", I64), *_fields(Tensor, "held_key held_value")]
+        ("common_window", I64), *_fields(Tensor, "held_key held_value"), *_fields(I32, "slots spare")]
 
 
 class Launch(ctypes.Structure):
-    _fields_ = [("kernel", I32), *_fields(ctypes.c_uint32, "grid block cluster shared")]
+    _fields_ = [("kernel", I32), *_fields(ctypes.c_uint32, "grid block cluster shared early")]
 
 
 class Plan(ctypes.Structure):

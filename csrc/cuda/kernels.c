@@ -132,7 +132,14 @@ sa_status sa_device_launch(const char *function, const sa_device_scope *scope, c
     if (!is_ready(scope, launch->kernel)) {
         SA_TRY(prepare(function, scope, launch->kernel));
     }
-    CUlaunchAttribute cluster = {.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, .value.clusterDim = {launch->cluster, 1, 1}};
+    CUlaunchAttribute attributes[2];
+    unsigned count = 0;
+    if (launch->cluster > 1) {
+        attributes[count++] = (CUlaunchAttribute){.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, .value.clusterDim = {launch->cluster, 1, 1}};
+    }
+    if (launch->early) {
+        attributes[count++] = (CUlaunchAttribute){.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, .value.programmaticStreamSerializationAllowed = 1};
+    }
     const CUlaunchConfig config = {
         .gridDimX = launch->grid,
         .gridDimY = 1,
@@ -142,8 +149,8 @@ sa_status sa_device_launch(const char *function, const sa_device_scope *scope, c
         .blockDimZ = 1,
         .sharedMemBytes = launch->shared,
         .hStream = stream,
-        .attrs = &cluster,
-        .numAttrs = launch->cluster > 1 ? 1 : 0,
+        .attrs = attributes,
+        .numAttrs = count,
     };
     void *parameters[] = {pod};
     const CUfunction known = scope->primary ? one->functions[scope->ordinal] : NULL;

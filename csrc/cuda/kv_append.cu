@@ -25,21 +25,6 @@ __device__ void take_vector(const sa_cuda_slots &c, const void *from, int64_t so
     }
 }
 
-/* Euclidean length of a stored vector; every lane gets it. */
-__device__ double length_of(const sa_cuda_slots &c, const void *data, int64_t at, int64_t depth)
-{
-    double sum = 0.0;
-    __syncwarp(); /* other lanes wrote it */
-    for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
-        const double x = (double)wide_number(c.dtype, data, at + d);
-        sum += product(x, x);
-    }
-    for (int step = 16; step > 0; step /= 2) {
-        sum += __shfl_xor_sync(~0u, sum, step);
-    }
-    return sqrt(sum);
-}
-
 /* Key and value of a token, and what is known of it. By a warp. */
 __device__ void append_token(const sa_cuda_slots &c, int64_t stream, int64_t held, int64_t token)
 {

@@ -67,7 +67,23 @@ static sa_status plan_part(const sa_cuda_kv_work *work, int64_t count, void *str
     params.query_lengths = params.query_lengths.data != NULL ? device_numbers(store->view.fresh, store->config.batch, 0) : (sa_ints){0};
     params.mass = work->weights_offset >= 0 && !work->each ? (float *)(uintptr_t)ALIGNMENT : NULL;
     params.lse = work->lse_offset >= 0 ? (float *)(uintptr_t)ALIGNMENT : work->params.lse;
-    return sa_cuda_begin_slots(&params, store->counters, store->counter_count, stream, part);
+    const sa_cuda_beside slots = {.counters = store->counters, .counter_count = store->counter_count};
+    return sa_cuda_begin_slots(&params, &slots, stream, part);
+}
+
+/* A step whose attention also appends; part->problem.append says whether it does. */
+static sa_status plan_step(const sa_cuda_kv_work *work, void *stream, sa_cuda_work *part)
+{
+    const sa_cuda_kv *store = work->store;
+    sa_attend_params params = work->params;
+    const sa_tensor keys = slots_tensor(store, store->view.keys, store->config.depth, 1);
+    const sa_tensor values = slots_tensor(store, store->view.values, store->config.depth_v, 1);
+    const sa_cuda_beside slots = {&keys, &values, store->counters, store->counter_count};
+    params.causal = true;
+    params.pinned = store->config.pinned;
+    params.lengths = device_numbers(store->view.held, store->config.batch, store->config.heads_kv);
+    params.mass = work->weights_offset >= 0 ? (float *)(uintptr_t)ALIGNMENT : NULL;
+    return sa_cuda_begin_slots(&params, &slots, stream, part);
 }
 
 static int64_t reserve(sa_cuda_kv_work *work, int64_t bytes)
@@ -117,10 +133,18 @@ static sa_status plan(sa_cuda_kv_work *work, void *stream)
     work->most = clamp_i64(tokens, 1, config->part);
     work->parts = max_i64(ceil_div(tokens, work->most), 1);
     work->each = need == SA_MASS_EACH && work->most > 1;
+    work->step = tokens == 1 && config->every == 1 && work->params.mass == NULL && config->policy.kind != SA_POLICY_SNAP_KV;
+    work->appends = false;
     work->memory_bytes = 0;
     describe_slots(work);
     lay_out_memory(work, need != SA_MASS_NONE || config->track_mass || work->params.mass != NULL);
-    SA_TRY(plan_part(work, min_i64(tokens, work->most), stream, &work->full));
+    if (work->step && work->slots.pairs == 0) {
+        SA_TRY(plan_step(work, stream, &work->full));
+        work->appends = work->full.problem.append;
+    }
+    if (!work->appends) {
+        SA_TRY(plan_part(work, min_i64(tokens, work->most), stream, &work->full));
+    }
     const int64_t rest = tokens - (work->parts - 1) * work->most;
     work->last = work->full;
     if (rest != min_i64(tokens, work->most)) {
@@ -153,7 +177,7 @@ void sa_cuda_kv_finish(const sa_cuda_kv_work *work)
 
 static sa_status launch_slots(const sa_cuda_kv_work *work, int kernel, int64_t grid, int64_t block, int64_t shared, sa_cuda_slots *slots, void *stream)
 {
-    const sa_cuda_launch launch = {sa_cuda_kernel_count + kernel, (uint32_t)grid, (uint32_t)block, 1, (uint32_t)shared};
+    const sa_cuda_launch launch = {sa_cuda_kernel_count + kernel, (uint32_t)grid, (uint32_t)block, 1, (uint32_t)shared, (uint32_t)slots->waits};
     return sa_device_launch(work->params.function, &work->scope, &launch, slots, stream);
 }
 
@@ -178,8 +202,24 @@ static sa_status weigh(const sa_cuda_kv_work *work, const sa_cuda_work *part, vo
     problem.mass = work->slots.weights;
     const int64_t tiles = ceil_div(problem.kv_length, SA_KV_WEIGHT_KEYS);
     const sa_cuda_launch launch = {sa_cuda_kernel_count + SA_KERNEL_KV_WEIGHTS, (uint32_t)(tiles * problem.batch * problem.heads_kv),
-                                   SA_KV_WEIGHT_THREADS, 1, (uint32_t)SA_KV_WEIGHT_SHARED(problem.depth)};
+                                   SA_KV_WEIGHT_THREADS, 1, (uint32_t)SA_KV_WEIGHT_SHARED(problem.depth), 0};
     return sa_device_launch(work->params.function, &work->scope, &launch, &problem, stream);
+}
+
+/* One token: the attention writes it into its slot, or a kernel before it does; kv_step has the rest. */
+static sa_status run_step(sa_cuda_kv_work *work, void *memory, void *stream)
+{
+    sa_cuda_slots *slots = &work->slots;
+    const int64_t streams = slots->batch * slots->heads_kv, vectors = slots->turned != NULL ? slots->group + 1 : 1;
+    slots->weight_rows = 1;
+    slots->appended = work->appends;
+    if (!work->appends) {
+        SA_TRY(launch_slots(work, SA_KERNEL_KV_APPEND, streams * ceil_div(vectors, SA_KV_APPEND_WARPS), 32 * SA_KV_APPEND_WARPS, 0, slots, stream));
+    }
+    address(work, &work->full);
+    SA_TRY(sa_cuda_run(&work->full, memory, stream));
+    slots->waits = work->appends && sa_device_has_wgmma(&work->scope); /* the attention lets it begin */
+    return launch_slots(work, SA_KERNEL_KV_STEP, streams, SA_KV_STEP_THREADS, SA_KV_EVICT_SHARED, slots, stream);
 }
 
 static sa_status run_part(sa_cuda_kv_work *work, sa_cuda_work *part, void *memory, void *stream)
@@ -187,7 +227,6 @@ static sa_status run_part(sa_cuda_kv_work *work, sa_cuda_work *part, void *memor
     sa_cuda_slots *slots = &work->slots;
     const int64_t streams = slots->batch * slots->heads_kv, vectors = slots->tokens * (slots->turned != NULL ? slots->group + 1 : 1);
     const int64_t ctas = max_i64(ceil_div(vectors, SA_KV_APPEND_WARPS), 1);
-    const bool step = slots->tokens == 1 && slots->every == 1 && !slots->keep_call && slots->lse == NULL && slots->kind != SA_POLICY_SNAP_KV;
     slots->weight_rows = work->each ? slots->tokens : 1;
     SA_TRY(launch_slots(work, SA_KERNEL_KV_APPEND, streams * ctas, 32 * SA_KV_APPEND_WARPS, 0, slots, stream));
     address(work, part);
@@ -195,8 +234,7 @@ static sa_status run_part(sa_cuda_kv_work *work, sa_cuda_work *part, void *memor
     if (work->each && slots->tokens > 0) {
         SA_TRY(weigh(work, part, stream));
     }
-    return step ? launch_slots(work, SA_KERNEL_KV_STEP, streams, SA_KV_STEP_THREADS, SA_KV_EVICT_SHARED, slots, stream)
-                : launch_slots(work, SA_KERNEL_KV_EVICT, streams, 32 * SA_KV_EVICT_WARPS, SA_KV_EVICT_SHARED, slots, stream);
+    return launch_slots(work, SA_KERNEL_KV_EVICT, streams, 32 * SA_KV_EVICT_WARPS, SA_KV_EVICT_SHARED, slots, stream);
 }
 
 static void *at_offset(void *memory, int64_t offset)
@@ -224,7 +262,8 @@ sa_status sa_cuda_kv_run(sa_cuda_kv_work *work, void *memory, void *stream)
         slots->first = index * work->most;
         slots->tokens = min_i64(tokens - slots->first, work->most);
         slots->first_part = index == 0;
-        SA_TRY(run_part(work, index + 1 < work->parts ? &work->full : &work->last, (char *)memory + attention, stream));
+        SA_TRY(work->step ? run_step(work, (char *)memory + attention, stream)
+                          : run_part(work, index + 1 < work->parts ? &work->full : &work->last, (char *)memory + attention, stream));
     }
     return slots->mass_out == NULL
                ? SA_OK

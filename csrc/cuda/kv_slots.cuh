@@ -43,6 +43,21 @@ __device__ __forceinline__ void copy_number(int dtype, const void *from, int64_t
     }
 }
 
+/* Euclidean length of a stored vector; every lane gets it. */
+__device__ inline double length_of(const sa_cuda_slots &c, const void *data, int64_t at, int64_t depth)
+{
+    double sum = 0.0;
+    __syncwarp(); /* other lanes wrote it */
+    for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
+        const double x = (double)wide_number(c.dtype, data, at + d);
+        sum += product(x, x);
+    }
+    for (int step = 16; step > 0; step /= 2) {
+        sum += __shfl_xor_sync(~0u, sum, step);
+    }
+    return sqrt(sum);
+}
+
 __device__ __forceinline__ uint64_t mixed(uint64_t x)
 {
     x += 0x9e3779b97f4a7c15u;

@@ -54,6 +54,8 @@ typedef struct sa_cuda_slots {
     int32_t dtype;       /* SA_CUDA_* */
     int32_t first_part;  /* of its call: `call` begins at zero */
     int32_t keep_call;
+    int32_t appended;    /* a step's key and value are in their slot, written by the attention; the rest is not */
+    int32_t waits;       /* the kernel began early */
     int32_t maximum;     /* SnapKV pools by maximum, else by mean */
     int32_t interleaved; /* pairs of the rotation */
 } sa_cuda_slots;

@@ -57,6 +57,8 @@ typedef struct sa_cuda_kv_work {
     sa_cuda_work full, last; /* attention of a part, and of the last one, which may be shorter */
     int64_t most, parts;
     bool each;               /* weights of every query apart */
+    bool step;               /* one token, which kv_step takes in */
+    bool appends;            /* and the attention writes into its slot */
     int64_t weights_offset, scratch_offset, turned_offset, lse_offset, lengths_offset, attention_offset; /* in the caller's memory; < 0: not needed */
     float *part_lse;         /* [batch, heads_q, tokens of a part]; NULL: the caller's, or none */
     int64_t memory_bytes;

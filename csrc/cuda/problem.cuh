@@ -124,7 +124,7 @@ __device__ inline place batch_row(const sa_cuda_problem &p, int64_t row, int64_t
     }
     at.key_begin = p.starts.given ? clamp(integer_at(p.starts, row), 0, p.kv_length) : 0;
     at.key_count = p.lengths.given ? clamp(integer_at(p.lengths, row, head), 0, p.kv_length - at.key_begin) : p.kv_length - at.key_begin;
-    at.position = at.key_count - at.query_count;
+    at.position = p.slots ? at.key_count : at.key_count - at.query_count;
     return at;
 }
 

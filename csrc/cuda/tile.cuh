@@ -160,6 +160,13 @@ __device__ __forceinline__ run lean_run(const sa_cuda_problem &p, const place &a
         position = index == 2 ? 0 : most(pinned, at.key_count - p.common_window);
         first = at.key_begin + position;
         count = index == 2 ? pinned : index == 3 ? at.key_count - position : 0;
+        if (p.slots && index == 1) { /* as with a cache */
+            first = 0;
+            count = at.query_count;
+            position = at.key_count;
+            kind = p.apart && position < p.pinned ? run_pinned : run_plain;
+            raw = true;
+        }
     }
     if (p.learned > 0 && index == 0) {
         key = p.sink_key;

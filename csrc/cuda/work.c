@@ -208,11 +208,17 @@ static sa_status too_large(const sa_cuda_work *work)
                    work->function, work->problem.batch, work->problem.heads_q, work->problem.query_length);
 }
 
-static sa_status plan(const sa_attend_params *params, const sa_cuda_store *cache, sa_cuda_work *work)
+static sa_status plan(const sa_attend_params *params, const sa_cuda_store *cache, const sa_cuda_beside *slots, sa_cuda_work *work)
 {
     sa_cuda_device facts;
     SA_TRY(full_facts(params->function, &work->scope, &facts));
     describe(params, cache, &work->problem);
+    if (slots != NULL && slots->keys != NULL) {
+        work->problem.slots = 1;
+        work->problem.held_key = tensor_of(slots->keys);
+        work->problem.held_value = tensor_of(slots->values);
+        work->problem.kv_length = work->problem.mass_length = slots->keys->shape[2];
+    }
     work->staged_count = work->cleared_count = 0;
     take_arrays(params, work);
     return sa_cuda_choose(&work->problem, &facts, &work->plan) != 0 ? too_large(work) : SA_OK;
@@ -220,7 +226,7 @@ static sa_status plan(const sa_attend_params *params, const sa_cuda_store *cache
 
 static sa_status plan_call(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work)
 {
-    SA_TRY(plan(params, cache, work));
+    SA_TRY(plan(params, cache, NULL, work));
     SA_TRY(find_counters(cache != NULL ? cache->counters : NULL, cache != NULL ? cache->counter_count : 0, stream, work));
     lay_out_memory(work);
     clear_mass(work);
@@ -238,11 +244,11 @@ sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cac
     return status;
 }
 
-sa_status sa_cuda_begin_slots(const sa_attend_params *params, uint32_t *counters, int64_t counter_count, void *stream, sa_cuda_work *work)
+sa_status sa_cuda_begin_slots(const sa_attend_params *params, const sa_cuda_beside *slots, void *stream, sa_cuda_work *work)
 {
     work->function = params->function;
-    SA_TRY(plan(params, NULL, work));
-    SA_TRY(find_counters(counters, counter_count, stream, work));
+    SA_TRY(plan(params, NULL, slots, work));
+    SA_TRY(find_counters(slots->counters, slots->counter_count, stream, work));
     lay_out_memory(work);
     return SA_OK;
 }

@@ -19,8 +19,8 @@ void kv_weights(sa_cuda_problem);
 void fake_run_kernel(const char *name, const CUlaunchConfig *config, const void *pod)
 {
     const std::string wanted = name;
-    sa_cuda_launch launch = {0, config->gridDimX, config->blockDimX, 1, config->sharedMemBytes};
-    if (config->numAttrs > 0) {
+    sa_cuda_launch launch = {0, config->gridDimX, config->blockDimX, 1, config->sharedMemBytes, 0};
+    if (config->numAttrs > 0 && config->attrs[0].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) {
         launch.cluster = config->attrs[0].value.clusterDim.x;
     }
 #define SA_RUN(kernel, type)                                                         \
