@@ -55,7 +55,7 @@ class Problem(ctypes.Structure):
         *_fields(I64, "batch heads_q heads_kv query_length kv_length depth depth_v sequences "
                       "logits pinned learned mass_length mass_queries"),
         *_fields(ctypes.c_float, "scale softcap"),
-        *_fields(I32, "dtype causal mass_maximum padding"), *_fields(POINTER, "scratch counters"),
+        *_fields(I32, "dtype causal mass_maximum prefetch"), *_fields(POINTER, "scratch counters"),
         *_fields(I64, "partial_offset state_offset lse_offset rotated_offset row_tiles"),
         *_fields(I32, "splits clustered append aligned lean group apart weighs"),
         ("common_window", I64), *_fields(Tensor, "held_key held_value"), *_fields(I32, "slots spare")]

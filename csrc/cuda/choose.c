@@ -229,10 +229,9 @@ static layout large_layout(const sa_cuda_device *device, int64_t most)
     return (layout){device->multiprocessors, 1, cluster, most};
 }
 
-static decode_form decode_form_of(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *o)
+static decode_form find_decode_form(int64_t units, const sa_cuda_device *device, const outline *o)
 {
-    const int64_t units = units_of(p, o, SA_DECODE_ROWS), slice = SA_DECODE_SLICE(o->depth);
-    const int64_t a_warp = ring_bytes(o), fixed = SA_DECODE_SHARED(o->depth);
+    const int64_t slice = SA_DECODE_SLICE(o->depth), a_warp = ring_bytes(o), fixed = SA_DECODE_SHARED(o->depth);
     const int64_t warps_fit = clamp_i64((device->shared_limit - fixed) / a_warp, 1, SA_DECODE_WARPS);
     const int64_t half = min_i64(warps_fit, SA_DECODE_WARPS / 2), most = clamp_i64(o->keys / (8 * slice), 1, 128);
     const bool two = half < warps_fit && 2 * (half * a_warp + fixed + 1024) <= device->shared_limit + 1024;
@@ -246,6 +245,39 @@ static decode_form decode_form_of(const sa_cuda_problem *p, const sa_cuda_device
     }
     form.shared = fixed + form.warps * a_warp;
     return form;
+}
+
+/* What was found for the last few outlines: looking at 256 forms takes a microsecond, and a stream asks for the same one at every token. */
+typedef struct known_form {
+    int64_t units, keys, key_bytes, depth;
+    sa_cuda_device device;
+    decode_form form;
+} known_form;
+
+enum { KNOWN_FORMS = 4 };
+
+static bool is_known(const known_form *k, int64_t units, const sa_cuda_device *device, const outline *o)
+{
+    return k->units == units && k->keys == o->keys && k->key_bytes == o->key_bytes && k->depth == o->depth &&
+           k->device.capability == device->capability && k->device.multiprocessors == device->multiprocessors &&
+           k->device.shared_limit == device->shared_limit && k->device.cluster_limit == device->cluster_limit;
+}
+
+static decode_form decode_form_of(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *of)
+{
+    static _Thread_local known_form known[KNOWN_FORMS]; /* units 0: none yet */
+    static _Thread_local unsigned next;
+    const int64_t units = units_of(p, of, SA_DECODE_ROWS);
+    outline o = *of;
+    o.keys = o.keys < 1024 ? o.keys : round_up(o.keys, 128); /* a sequence that grows keeps its form for a while */
+    for (int i = 0; i < KNOWN_FORMS; i++) {
+        if (is_known(&known[i], units, device, &o)) {
+            return known[i].form;
+        }
+    }
+    known_form *own = &known[next++ % KNOWN_FORMS];
+    *own = (known_form){units, o.keys, o.key_bytes, o.depth, *device, find_decode_form(units, device, &o)};
+    return own->form;
 }
 
 /* The same where the kernel weighs the keys as well: the scores of a split lie beside the rings, and its CTAs have to learn the sums of
@@ -277,6 +309,17 @@ static int32_t weighs_of(const sa_cuda_problem *p)
     return all ? SA_WEIGHS_ALL : SA_WEIGHS_SOME;
 }
 
+/* Bytes of keys that a CTA asks for before it knows what it has to read, where they lie in one piece. Short calls, whose splits are a large
+ * cluster, gain nothing; more than this makes CTAs wait for what others asked for. */
+static int32_t prefetch_of(const sa_cuda_problem *p)
+{
+    const bool whole = p->cache.keys != NULL || (!p->window.given && !p->starts.given);
+    const bool dense = p->held_key.token == p->depth && p->held_value.token == p->depth_v && p->aligned;
+    const int64_t tokens = p->cache.keys != NULL ? p->pinned + p->cache.capacity : p->kv_length;
+    const bool gains = p->splits < SA_DECODE_CLUSTER || !p->clustered;
+    return p->lean && p->row_tiles == 1 && whole && dense && gains && tokens < INT32_MAX ? (p->splits > SA_DECODE_CLUSTER ? 65536 : 32768) : 0;
+}
+
 static bool plan_decode(sa_cuda_problem *p, const outline *o, const decode_form *form, sa_cuda_plan *plan)
 {
     const int64_t units = units_of(p, o, SA_DECODE_ROWS);
@@ -285,7 +328,12 @@ static bool plan_decode(sa_cuda_problem *p, const outline *o, const decode_form 
     p->row_tiles = tiles_of(p, o, SA_DECODE_ROWS);
     reserve_partials(p, plan, units, SA_DECODE_ROWS);
     p->append = is_step(p);
+<<<<<<< HEAD
     if (p->append && !p->slots) {
+=======
+    p->prefetch = prefetch_of(p);
+    if (p->append) {
+>>>>>>> mass
         plan->counter_count += p->batch;
     }
     const int kernel = (p->weighs != SA_WEIGHS_NONE ? DECODE_MASS : DECODE) + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
@@ -420,7 +468,7 @@ static void begin(sa_cuda_problem *problem, sa_cuda_plan *plan)
 {
     *plan = (sa_cuda_plan){.path = "none"};
     problem->splits = 1;
-    problem->clustered = problem->append = problem->weighs = 0;
+    problem->clustered = problem->append = problem->weighs = problem->prefetch = 0;
     problem->partial_offset = problem->state_offset = problem->row_tiles = 0;
     problem->lse_offset = problem->rotated_offset = -1;
     summarise(problem);

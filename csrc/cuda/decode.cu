@@ -274,6 +274,19 @@ struct decode_memory {
     float *scores; /* of the split, where keys are weighed */
 };
 
+/* The memory works while the CTA finds out what it has to read: the first keys and values of its share, as they lie. One thread. */
+__device__ __forceinline__ void prefetch_share(const sa_cuda_problem &p, uint32_t unit, int split)
+{
+    const uint32_t heads = (uint32_t)p.heads_kv, row = unit < heads ? 0 : unit / heads, head = unit - row * heads;
+    const uint32_t tokens = (uint32_t)(p.cache.keys != nullptr ? p.pinned + p.cache.capacity : p.kv_length), splits = (uint32_t)p.splits;
+    const uint32_t each = splits == 1 ? tokens : tokens / splits, first = each * split, limit = (uint32_t)p.prefetch / (uint32_t)(p.depth * 2),
+                   count = each < limit ? each : limit;
+    if (count > 0) {
+        prefetch_bulk(element(p.held_key, row, head, first, 2), count * (uint32_t)p.depth * 2);
+        prefetch_bulk(element(p.held_value, row, head, first, 2), count * (uint32_t)p.depth_v * 2);
+    }
+}
+
 /* Before anything is known: parameters are asked for, and what no load fills is cleared. */
 template <int depth> __device__ __forceinline__ void warm_up(const sa_cuda_problem &p, const decode_memory &m)
 {
@@ -390,12 +403,19 @@ template <typename T, int depth, bool weighs> __device__ __forceinline__ void de
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     char *rings = memory + SA_DECODE_SHARED(depth);
     const decode_memory m = {*(decode_shared *)memory, memory + SA_DECODE_ROWS_SHARED, rings, (float *)(rings + warps * shape<depth>::ring)};
+<<<<<<< HEAD
     if (p.slots) {
         let_next_begin();
     }
     warm_up<depth>(p, m);
+=======
+>>>>>>> mass
     const uint32_t unit = p.splits == 1 ? blockIdx.x : p.clustered ? cluster_index() : blockIdx.x / (uint32_t)p.splits;
     const int split = (int)(blockIdx.x - unit * (uint32_t)p.splits);
+    if (p.prefetch > 0 && threadIdx.x == 0) {
+        prefetch_share(p, unit, split);
+    }
+    warm_up<depth>(p, m);
     if (p.lean) {
         begin_lean<depth>(p, m, unit);
     } else if (!begin_tile(p, unit, shape<depth>::slice, m.s.t)) {

@@ -146,12 +146,12 @@ static sa_status plan(sa_cuda_kv_work *work, void *stream)
         SA_TRY(plan_part(work, min_i64(tokens, work->most), stream, &work->full));
     }
     const int64_t rest = tokens - (work->parts - 1) * work->most;
-    work->last = work->full;
-    if (rest != min_i64(tokens, work->most)) {
+    work->shorter = rest != min_i64(tokens, work->most);
+    if (work->shorter) {
         SA_TRY(plan_part(work, rest, stream, &work->last));
     }
     work->attention_offset = work->memory_bytes;
-    (void)reserve(work, max_i64(work->full.memory_bytes, work->last.memory_bytes));
+    (void)reserve(work, max_i64(work->full.memory_bytes, work->shorter ? work->last.memory_bytes : 0));
     return SA_OK;
 }
 
@@ -263,7 +263,7 @@ sa_status sa_cuda_kv_run(sa_cuda_kv_work *work, void *memory, void *stream)
         slots->tokens = min_i64(tokens - slots->first, work->most);
         slots->first_part = index == 0;
         SA_TRY(work->step ? run_step(work, (char *)memory + attention, stream)
-                          : run_part(work, index + 1 < work->parts ? &work->full : &work->last, (char *)memory + attention, stream));
+                          : run_part(work, work->shorter && index + 1 == work->parts ? &work->last : &work->full, (char *)memory + attention, stream));
     }
     return slots->mass_out == NULL
                ? SA_OK

@@ -54,7 +54,8 @@ typedef struct sa_cuda_kv_work {
     sa_attend_params params;
     sa_device_scope scope;
     sa_cuda_slots slots;
-    sa_cuda_work full, last; /* attention of a part, and of the last one, which may be shorter */
+    sa_cuda_work full, last; /* attention of a part, and of the last one, where it is `shorter`: neither can be copied */
+    bool shorter;
     int64_t most, parts;
     bool each;               /* weights of every query apart */
     bool step;               /* one token, which kv_step takes in */

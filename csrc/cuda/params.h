@@ -104,7 +104,7 @@ typedef struct sa_cuda_problem {
     int32_t dtype;        /* SA_CUDA_* of every tensor and of the cache */
     int32_t causal;
     int32_t mass_maximum; /* over the queries; 0: sum */
-    int32_t padding;
+    int32_t prefetch;     /* sa_cuda_choose: bytes of keys, and as many rows of values, that a CTA of decode asks for before all else */
 
     /* filled by the host after sa_cuda_choose */
     void *scratch;      /* plan.scratch_bytes, 256-byte aligned, any content; must not be shared by launches that may overlap */
