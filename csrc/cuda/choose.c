@@ -328,12 +328,8 @@ static bool plan_decode(sa_cuda_problem *p, const outline *o, const decode_form 
     p->row_tiles = tiles_of(p, o, SA_DECODE_ROWS);
     reserve_partials(p, plan, units, SA_DECODE_ROWS);
     p->append = is_step(p);
-<<<<<<< HEAD
-    if (p->append && !p->slots) {
-=======
     p->prefetch = prefetch_of(p);
-    if (p->append) {
->>>>>>> mass
+    if (p->append && !p->slots) {
         plan->counter_count += p->batch;
     }
     const int kernel = (p->weighs != SA_WEIGHS_NONE ? DECODE_MASS : DECODE) + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;

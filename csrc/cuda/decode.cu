@@ -403,13 +403,9 @@ template <typename T, int depth, bool weighs> __device__ __forceinline__ void de
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     char *rings = memory + SA_DECODE_SHARED(depth);
     const decode_memory m = {*(decode_shared *)memory, memory + SA_DECODE_ROWS_SHARED, rings, (float *)(rings + warps * shape<depth>::ring)};
-<<<<<<< HEAD
     if (p.slots) {
         let_next_begin();
     }
-    warm_up<depth>(p, m);
-=======
->>>>>>> mass
     const uint32_t unit = p.splits == 1 ? blockIdx.x : p.clustered ? cluster_index() : blockIdx.x / (uint32_t)p.splits;
     const int split = (int)(blockIdx.x - unit * (uint32_t)p.splits);
     if (p.prefetch > 0 && threadIdx.x == 0) {

@@ -119,7 +119,10 @@ static void lay_out_memory(sa_cuda_kv_work *work, bool tracks)
     const int64_t streams = slots->batch * slots->heads_kv, rows = slots->batch * params->query.shape[1] * work->most;
     const bool lse_apart = work->each || (work->parts > 1 && params->lse != NULL), staged = slots->new_lengths.given && slots->new_lengths.data == NULL;
     work->weights_offset = reserve(work, tracks ? streams * (work->each ? work->most : 1) * slots->stride * (int64_t)sizeof(float) : 0);
-    work->scratch_offset = reserve(work, streams * 3 * slots->stride * (int64_t)sizeof(uint64_t));
+    work->evict_shared = SA_KV_EVICT_SHARED + SA_KV_SCRATCH(slots->stride);
+    const bool fits = work->evict_shared <= work->scope.device->shared_limit;
+    work->evict_shared = fits ? work->evict_shared : SA_KV_EVICT_SHARED;
+    work->scratch_offset = reserve(work, fits || work->step ? 0 : streams * SA_KV_SCRATCH(slots->stride));
     work->turned_offset = reserve(work, slots->pairs > 0 ? rows * slots->depth * sa_dtype_size(work->store->config.dtype) : 0);
     work->lse_offset = reserve(work, lse_apart ? rows * (int64_t)sizeof(float) : 0);
     work->lengths_offset = reserve(work, staged ? slots->batch * (int64_t)sizeof(int64_t) : 0);
@@ -202,7 +205,7 @@ static sa_status weigh(const sa_cuda_kv_work *work, const sa_cuda_work *part, vo
     problem.mass = work->slots.weights;
     const int64_t tiles = ceil_div(problem.kv_length, SA_KV_WEIGHT_KEYS);
     const sa_cuda_launch launch = {sa_cuda_kernel_count + SA_KERNEL_KV_WEIGHTS, (uint32_t)(tiles * problem.batch * problem.heads_kv),
-                                   SA_KV_WEIGHT_THREADS, 1, (uint32_t)SA_KV_WEIGHT_SHARED(problem.depth), 0};
+                                   SA_KV_WEIGHT_THREADS, 1, SA_KV_WEIGHT_SHARED, 0};
     return sa_device_launch(work->params.function, &work->scope, &launch, &problem, stream);
 }
 
@@ -234,7 +237,7 @@ static sa_status run_part(sa_cuda_kv_work *work, sa_cuda_work *part, void *memor
     if (work->each && slots->tokens > 0) {
         SA_TRY(weigh(work, part, stream));
     }
-    return launch_slots(work, SA_KERNEL_KV_EVICT, streams, 32 * SA_KV_EVICT_WARPS, SA_KV_EVICT_SHARED, slots, stream);
+    return launch_slots(work, SA_KERNEL_KV_EVICT, streams, 32 * SA_KV_EVICT_WARPS, work->evict_shared, slots, stream);
 }
 
 static void *at_offset(void *memory, int64_t offset)

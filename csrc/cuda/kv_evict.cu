@@ -1,8 +1,9 @@
 /* KVCache: tokens out of the slots, any number at a time; csrc/core/policy.c and csrc/cpu/kv_evict.c have the words.
  *
- * kv_evict: a CTA for each stream. It takes in the weights that the queries gave, finds the `leaving` lowest scores (one: by a minimum; more:
- * by bisection of the scores as ordered bits, which is exact), writes the ledger, and moves who lies behind the tokens that stay into the
- * slots of those that left. No atomics; every result is the same each time. bytes = slots * (weights + state), read and written once.
+ * kv_evict: a CTA for each stream. It takes in the weights that the queries gave, slot by slot; finds the `leaving` lowest scores (one: by a
+ * minimum; more: by bisection of the scores as ordered bits, which is exact, until exactly so many lie below); writes the ledger; and moves
+ * who lies behind the tokens that stay into the slots of those that left. Every result is the same each time: what is added up in no order
+ * are whole numbers. bytes = slots * (weights + state), read and written once; scores and positions are in shared memory where they fit.
  * kv_mass: what the tokens held received in a call, in order of their positions. A step of one token is kv_step.cu's.
  * Not timed yet. */
 #include "kv_slots.cuh"
@@ -18,9 +19,10 @@ struct judged {
     int64_t stream, row, head, first; /* first slot among all */
     int64_t held, fresh, count, length; /* length: with the new tokens */
     int64_t leaving, stay, pinned, recent_from;
-    uint64_t *order; /* [count] scores as ordered bits */
-    int32_t *list;   /* [2 * stride] work */
-    double *means;   /* [count] of SnapKV */
+    uint64_t *order;  /* [count] scores as ordered bits, all set where a token must stay */
+    int64_t *places;  /* [count] positions */
+    double *numbers;  /* [count] work: sums of rows, means of SnapKV, masses that leave */
+    int32_t *list;    /* [2 * stride] work */
     uint64_t bound;  /* who leaves: a score below, or this one and a position up to `position` */
     int64_t position;
 };
@@ -32,12 +34,8 @@ struct evict_shared {
     double sums[SA_KV_EVICT_WARPS];
 };
 
-__device__ int64_t budget_at(const sa_cuda_slots &c, int64_t head, int64_t length)
-{
-    return least(length, c.budgets[head]);
-}
-
-__device__ judged judge(const sa_cuda_slots &c)
+/* scratch: [4, stride] of 8 bytes. */
+__device__ judged judge(const sa_cuda_slots &c, char *scratch)
 {
     judged at = {};
     at.stream = blockIdx.x;
@@ -49,13 +47,14 @@ __device__ judged judge(const sa_cuda_slots &c)
     at.fresh = at.count - at.held;
     at.length = c.lengths[at.stream] + at.fresh;
     const int64_t last = at.length - at.length % c.every;
-    at.stay = least(at.count, budget_at(c, at.head, last) + at.length - last);
+    at.stay = least(at.count, least(last, c.budgets[at.head]) + at.length - last);
     at.leaving = at.count - at.stay;
     at.pinned = c.pinned;
     at.recent_from = last - c.recent;
-    at.order = c.scratch + at.stream * 3 * c.stride;
-    at.list = (int32_t *)(at.order + c.stride);
-    at.means = (double *)(at.order + 2 * c.stride);
+    at.order = (uint64_t *)scratch;
+    at.places = (int64_t *)(at.order + c.stride);
+    at.numbers = (double *)(at.places + c.stride);
+    at.list = (int32_t *)(at.numbers + c.stride);
     return at;
 }
 
@@ -79,16 +78,65 @@ template <typename T> __device__ T sum_all(T value, T *of_warps)
 
 /* --- what the queries gave ---------------------------------------------------------------------------------------------------------- */
 
-/* One query, of its place in the window; visible: tokens that it saw. */
-__device__ void observe(const sa_cuda_slots &c, const judged &at, int64_t slot, float weight, int64_t query, int64_t visible)
+/* sum_j a_ij |v_j| of every query: a warp for each. */
+__device__ void sum_rows(const sa_cuda_slots &c, const judged &at, const float *weights, int64_t rows)
 {
-    const int64_t place = c.window > 0 ? query % c.window : 0;
-    if (c.kind == h2o_ema) {
-        c.own[slot] = product(c.decay, c.own[slot]) + (double)weight;
-    } else if (c.kind == snap_kv) {
-        ((float *)(c.rings + slot * c.ring_bytes))[place] = weight;
-    } else if (c.kind == scissorhands) {
-        put_bit(c, slot, place, (double)weight * (double)visible >= 1.0);
+    const double *lengths = c.own + c.batch * c.heads_kv * c.stride + at.first;
+    for (int64_t row = threadIdx.x / 32; row < rows; row += SA_KV_EVICT_WARPS) {
+        double sum = 0.0;
+        for (int64_t i = threadIdx.x % 32; i < at.count; i += 32) {
+            sum += product((double)weights[row * c.stride + i], lengths[i]);
+        }
+        for (int step = 16; step > 0; step /= 2) {
+            sum += __shfl_xor_sync(~0u, sum, step);
+        }
+        if (threadIdx.x % 32 == 0) {
+            at.numbers[row] = sum;
+        }
+    }
+    __syncthreads();
+}
+
+/* What every query gave to a slot, into the ring of the last `window` of them. */
+__device__ void fill_ring(const sa_cuda_slots &c, const judged &at, int64_t slot, const float *weights, int64_t rows)
+{
+    for (int64_t row = most(rows - c.window, 0); row < rows; row++) {
+        const int64_t place = (at.length - at.fresh + row) % c.window;
+        const float weight = weights[row * c.stride];
+        if (c.kind == snap_kv) {
+            ((float *)(c.rings + slot * c.ring_bytes))[place] = weight;
+        } else {
+            put_bit(c, slot, place, (double)weight * (double)(at.held + row + 1) >= 1.0);
+        }
+    }
+}
+
+/* Slot i learns. weights: of the first query. */
+__device__ void learn(const sa_cuda_slots &c, const judged &at, int64_t i, const float *weights, int64_t rows)
+{
+    const int64_t slot = at.first + i;
+    const bool by_length = c.kind == v_length_h2o;
+    const double length = by_length ? c.own[c.batch * c.heads_kv * c.stride + slot] : 0.0;
+    double mass = c.mass[slot], call = c.keep_call ? c.call[slot] : 0.0, own = c.own[slot];
+#pragma unroll 4
+    for (int64_t row = 0; row < rows; row++) {
+        const double weight = (double)weights[row * c.stride + i];
+        mass += weight;
+        call += weight;
+        if (c.kind == h2o_ema) {
+            own = product(c.decay, own) + weight;
+        } else if (by_length && at.numbers[row] > 0.0) {
+            own += product(weight, length) / at.numbers[row];
+        }
+    }
+    c.mass[slot] = mass;
+    if (c.keep_call) {
+        c.call[slot] = call;
+    }
+    if (by_length || c.kind == h2o_ema) {
+        c.own[slot] = own;
+    } else if (c.kind == scissorhands || c.kind == snap_kv) {
+        fill_ring(c, at, slot, weights + i, rows);
     }
 }
 
@@ -96,29 +144,16 @@ __device__ void take_weights(const sa_cuda_slots &c, evict_shared &s)
 {
     const judged &at = s.at;
     const bool each = c.kind >= h2o_ema && c.kind <= snap_kv;
-    const int64_t rows = c.weights == nullptr ? 0 : each ? at.fresh : least(c.weight_rows, at.fresh), all = c.batch * c.heads_kv * c.stride;
+    const int64_t rows = c.weights == nullptr ? 0 : each ? at.fresh : least(c.weight_rows, at.fresh);
+    const float *weights = c.weights + at.stream * c.weight_rows * c.stride;
     for (int64_t i = threadIdx.x; i < at.held && c.first_part && c.keep_call; i += evict_threads) {
         c.call[at.first + i] = 0.0;
     }
-    for (int64_t row = 0; row < rows; row++) {
-        const float *weights = c.weights + (at.stream * c.weight_rows + row) * c.stride;
-        double sum = 0.0;
-        for (int64_t i = threadIdx.x; i < at.count && c.kind == v_length_h2o; i += evict_threads) {
-            sum += product((double)weights[i], c.own[all + at.first + i]);
-        }
-        sum = c.kind == v_length_h2o ? sum_all(sum, s.sums) : 0.0;
-        for (int64_t i = threadIdx.x; i < at.count; i += evict_threads) {
-            const int64_t slot = at.first + i;
-            c.mass[slot] += (double)weights[i];
-            if (c.keep_call) {
-                c.call[slot] += (double)weights[i];
-            }
-            if (sum > 0.0) {
-                c.own[slot] += product((double)weights[i], c.own[all + slot]) / sum;
-            } else if (c.kind != v_length_h2o && each) {
-                observe(c, at, slot, weights[i], at.length - at.fresh + row, at.held + row + 1);
-            }
-        }
+    if (c.kind == v_length_h2o) {
+        sum_rows(c, at, weights, rows);
+    }
+    for (int64_t i = threadIdx.x; i < at.count && rows > 0; i += evict_threads) {
+        learn(c, at, i, weights, rows);
     }
 }
 
@@ -140,36 +175,65 @@ __device__ double score_of(const sa_cuda_slots &c, const judged &at, int64_t i)
     }
 }
 
-/* SnapKV: mean over the window's queries, pooled over neighbours in order of position. Ranks are counted, slot by slot: exact, and n^2. */
+/* Slots by ascending position, into list: bitonic, with every comparison the same way round, so that what lies behind `count` counts as
+ * largest without being there. */
+__device__ void sort_slots(const judged &at)
+{
+    int64_t whole = 2;
+    while (whole < at.count) {
+        whole *= 2;
+    }
+    for (int64_t i = threadIdx.x; i < at.count; i += evict_threads) {
+        at.list[i] = (int32_t)i;
+    }
+    for (int64_t block = 2; block <= whole; block *= 2) {
+        for (int64_t reach = block / 2; reach > 0; reach /= 2) {
+            __syncthreads();
+            for (int64_t pair = threadIdx.x; pair < whole / 2; pair += evict_threads) {
+                const int64_t in = pair & (reach - 1), a = (pair - in) * 2 + in, b = reach == block / 2 ? (pair - in) * 2 + block - 1 - in : a + reach;
+                if (b < at.count) {
+                    const int32_t first = at.list[a], second = at.list[b];
+                    if (at.places[first] > at.places[second]) {
+                        at.list[a] = second;
+                        at.list[b] = first;
+                    }
+                }
+            }
+        }
+    }
+    __syncthreads();
+}
+
+/* SnapKV: mean over the window's queries, pooled over neighbours in order of position. */
 __device__ void score_snap(const sa_cuda_slots &c, const judged &at)
 {
     const int64_t before = at.length - c.window;
-    int32_t *by_rank = at.list, *ranks = at.list + c.stride;
-    for (int64_t i = threadIdx.x; i < at.count; i += evict_threads) {
-        const float *ring = (const float *)(c.rings + (at.first + i) * c.ring_bytes);
-        const int64_t position = c.positions[at.first + i];
-        double sum[4] = {};
-        int32_t rank = 0;
-        for (int64_t j = 0; j < at.count; j++) {
-            rank += c.positions[at.first + j] < position;
+    sort_slots(at);
+    for (int64_t rank = threadIdx.x; rank < at.count; rank += evict_threads) {
+        const float *ring = (const float *)(c.rings + (at.first + at.list[rank]) * c.ring_bytes);
+        double sum[4] = {}; /* the order of the host: four at a time, the rest into the first */
+        int64_t q = 0;
+        for (; q + 4 <= c.window; q += 4) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                sum[e] += (double)ring[q + e];
+            }
         }
-        for (int64_t q = 0; q < c.window; q++) { /* the order of the host: four at a time, the rest into the first */
-            sum[q < c.window / 4 * 4 ? q % 4 : 0] += (double)ring[q];
+        for (; q < c.window; q++) {
+            sum[0] += (double)ring[q];
         }
-        ranks[i] = rank;
-        by_rank[rank] = (int32_t)i;
-        at.means[i] = (sum[0] + sum[1] + (sum[2] + sum[3])) / (double)c.window;
+        at.numbers[rank] = (sum[0] + sum[1] + (sum[2] + sum[3])) / (double)c.window;
     }
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < at.count; i += evict_threads) {
-        double pooled = c.positions[at.first + i] < before ? 0.0 : (double)infinity;
-        for (int64_t rank = most(ranks[i] - c.kernel / 2, 0); rank <= least(ranks[i] + c.kernel / 2, at.count - 1) && pooled < infinity; rank++) {
-            const int64_t near = by_rank[rank];
-            const bool judged = c.positions[at.first + near] < before;
-            const double mean = judged ? at.means[near] : 0.0;
+    for (int64_t rank = threadIdx.x; rank < at.count; rank += evict_threads) {
+        const int64_t slot = at.list[rank];
+        double pooled = at.places[slot] < before ? 0.0 : (double)infinity;
+        for (int64_t near = most(rank - c.kernel / 2, 0); near <= least(rank + c.kernel / 2, at.count - 1) && pooled < infinity; near++) {
+            const bool judged = at.places[at.list[near]] < before; /* those behind come last and lend nothing */
+            const double mean = judged ? at.numbers[near] : 0.0;
             pooled = c.maximum ? (mean > pooled ? mean : pooled) : judged ? pooled + mean / (double)c.kernel : pooled;
         }
-        at.order[i] = ordered(pooled);
+        at.order[slot] = ordered(pooled);
     }
     __syncthreads();
 }
@@ -179,19 +243,18 @@ __device__ __forceinline__ uint64_t score_bits(const sa_cuda_slots &c, const jud
     return c.kind == snap_kv ? at.order[i] : ordered(score_of(c, at, i));
 }
 
-__device__ __forceinline__ bool is_free(const sa_cuda_slots &c, const judged &at, int64_t i)
+__device__ __forceinline__ bool is_free(const judged &at, int64_t i)
 {
-    const int64_t position = c.positions[at.first + i];
-    return position >= at.pinned && position < at.recent_from;
+    return at.places[i] >= at.pinned && at.places[i] < at.recent_from;
 }
 
-/* Tokens that may leave and whose score and position are not above the bounds. */
-__device__ int64_t count_below(const sa_cuda_slots &c, evict_shared &s, uint64_t bound, int64_t position)
+/* Tokens whose score and position are not above the bounds. */
+__device__ int64_t count_below(evict_shared &s, uint64_t bound, int64_t position)
 {
     int64_t count = 0;
     for (int64_t i = threadIdx.x; i < s.at.count; i += evict_threads) {
         const uint64_t score = s.at.order[i];
-        count += is_free(c, s.at, i) && (score < bound || (score == bound && c.positions[s.at.first + i] <= position));
+        count += score < bound || (score == bound && s.at.places[i] <= position);
     }
     return sum_all(count, s.counts);
 }
@@ -201,8 +264,8 @@ __device__ int64_t find_lowest(const sa_cuda_slots &c, evict_shared &s)
 {
     lowest own = {~(uint64_t)0, INT64_MAX, 0};
     for (int64_t i = threadIdx.x; i < s.at.count; i += evict_threads) {
-        if (is_free(c, s.at, i)) {
-            take_lower(own, {score_bits(c, s.at, i), c.positions[s.at.first + i], i});
+        if (is_free(s.at, i)) {
+            take_lower(own, {score_bits(c, s.at, i), s.at.places[i], i});
         }
     }
     take_lowest_of_warp(own);
@@ -217,39 +280,43 @@ __device__ int64_t find_lowest(const sa_cuda_slots &c, evict_shared &s)
 }
 
 /* The bound that exactly `leaving` do not exceed: bit by bit, first of the score, then among its equals of the position. */
-__device__ void find_bound(const sa_cuda_slots &c, evict_shared &s, uint64_t &bound, int64_t &position)
+__device__ void find_bound(evict_shared &s, uint64_t &bound, int64_t &position)
 {
     bound = 0;
-    for (int bit = 63; bit >= 0; bit--) { /* the largest number that fewer than `leaving` lie below */
-        const uint64_t trial = bound | (uint64_t)1 << bit;
-        bound = count_below(c, s, trial, -1) < s.at.leaving ? trial : bound;
-    }
     position = INT64_MAX;
-    if (count_below(c, s, bound, position) == s.at.leaving) {
+    for (int bit = 63; bit >= 0; bit--) { /* the largest number that fewer than `leaving` lie below, or one that so many do */
+        const uint64_t trial = bound | (uint64_t)1 << bit;
+        const int64_t below = count_below(s, trial, -1);
+        if (below == s.at.leaving) {
+            bound = trial - 1;
+            return;
+        }
+        bound = below < s.at.leaving ? trial : bound;
+    }
+    if (count_below(s, bound, position) == s.at.leaving) {
         return;
     }
     position = 0;
     for (int bit = 62; bit >= 0; bit--) {
         const int64_t trial = position | (int64_t)1 << bit;
-        position = count_below(c, s, bound, trial - 1) < s.at.leaving ? trial : position;
+        position = count_below(s, bound, trial - 1) < s.at.leaving ? trial : position;
     }
 }
 
 /* --- who leaves, and who moves ------------------------------------------------------------------------------------------------------ */
 
-__device__ __forceinline__ bool leaves(const sa_cuda_slots &c, const judged &at, int64_t i)
+__device__ __forceinline__ bool leaves(const judged &at, int64_t i)
 {
-    const int64_t position = c.positions[at.first + i];
-    return is_free(c, at, i) && (at.order[i] < at.bound || (at.order[i] == at.bound && position <= at.position));
+    return at.order[i] < at.bound || (at.order[i] == at.bound && at.places[i] <= at.position);
 }
 
 /* Slots from begin to end whose token leaves (or stays), ascending, into a list; returns how many. */
-__device__ int64_t list_slots(const sa_cuda_slots &c, evict_shared &s, int64_t begin, int64_t end, bool leaving, int32_t *list)
+__device__ int64_t list_slots(evict_shared &s, int64_t begin, int64_t end, bool leaving, int32_t *list)
 {
     int64_t listed = 0;
     for (int64_t from = begin; from < end; from += evict_threads) {
         const int64_t i = from + threadIdx.x;
-        const bool taken = i < end && leaves(c, s.at, i) == leaving;
+        const bool taken = i < end && leaves(s.at, i) == leaving;
         const unsigned votes = __ballot_sync(~0u, taken);
         __syncthreads();
         if (threadIdx.x % 32 == 0) {
@@ -268,28 +335,59 @@ __device__ int64_t list_slots(const sa_cuda_slots &c, evict_shared &s, int64_t b
     return listed;
 }
 
-/* In order of position: the sums of a ledger do not depend on slots. list: those that leave; sorted: as many. */
-__device__ void record(const sa_cuda_slots &c, const judged &at, const int32_t *list, int32_t *sorted)
+/* The log keeps the last entries; `entry`: of those that leave, in order of position. */
+__device__ __forceinline__ void log_one(const sa_cuda_slots &c, const judged &at, int64_t logged, int64_t entry, int64_t position, double mass)
 {
+    if (at.leaving - entry <= c.log_size) {
+        c.log[at.stream * c.log_size + (logged + entry) % c.log_size] = {position, at.length, mass};
+    }
+}
+
+/* In order of position: the sums of a ledger do not depend on slots. list: those that leave. */
+__device__ void record(const sa_cuda_slots &c, const judged &at, const int32_t *list)
+{
+    sa_ledger *ledger = c.ledgers + at.stream;
+    const int64_t logged = ledger->logged;
+    const bool tracked = c.weights != nullptr;
     for (int64_t i = threadIdx.x; i < at.leaving; i += evict_threads) {
+        const int64_t position = at.places[list[i]];
+        const double mass = tracked ? c.mass[at.first + list[i]] : (double)NAN;
         int64_t rank = 0;
         for (int64_t j = 0; j < at.leaving; j++) {
-            rank += c.positions[at.first + list[j]] < c.positions[at.first + list[i]];
+            rank += at.places[list[j]] < position;
         }
-        sorted[rank] = list[i];
+        at.numbers[rank] = mass;
+        log_one(c, at, logged, rank, position, mass);
+        if (tracked) {
+            add_to(&ledger->histogram[ledger_bin(mass)], 1);
+        }
     }
     __syncthreads();
-    for (int64_t i = 0; i < at.leaving && threadIdx.x == 0; i++) {
-        const int64_t slot = at.first + sorted[i];
-        record_one(c, at.stream, c.positions[slot], at.length, c.mass[slot]);
+    if (threadIdx.x == 0) {
+        double sum = ledger->mass, largest = ledger->largest;
+        for (int64_t i = 0; i < at.leaving && tracked; i++) {
+            sum += at.numbers[i];
+            largest = at.numbers[i] > largest ? at.numbers[i] : largest;
+        }
+        ledger->evicted += at.leaving;
+        ledger->logged = c.log_size > 0 ? logged + at.leaving : logged;
+        ledger->mass = sum;
+        ledger->largest = largest;
     }
     __syncthreads();
 }
 
-__device__ void copy_bytes(char *data, int64_t from, int64_t to, int64_t bytes)
+/* Whole words where a vector is some of them. */
+__device__ void copy_vector(void *data, int64_t from, int64_t to, int64_t bytes)
 {
-    for (int64_t i = threadIdx.x % 32; i < bytes; i += 32) {
-        data[to * bytes + i] = data[from * bytes + i];
+    const bool words = bytes % 4 == 0;
+    const int64_t count = words ? bytes / 4 : bytes / 2;
+    for (int64_t i = threadIdx.x % 32; i < count; i += 32) {
+        if (words) {
+            ((uint32_t *)data)[to * count + i] = ((const uint32_t *)data)[from * count + i];
+        } else {
+            ((uint16_t *)data)[to * count + i] = ((const uint16_t *)data)[from * count + i];
+        }
     }
 }
 
@@ -297,9 +395,9 @@ __device__ void copy_bytes(char *data, int64_t from, int64_t to, int64_t bytes)
 __device__ void move(const sa_cuda_slots &c, const judged &at, int64_t source, int64_t target)
 {
     const int64_t from = at.first + source, to = at.first + target, all = c.batch * c.heads_kv * c.stride, size = c.dtype == SA_CUDA_F32 ? 4 : 2;
-    copy_bytes((char *)c.keys, from, to, c.depth * size);
-    copy_bytes((char *)c.values, from, to, c.depth_v * size);
-    copy_bytes(c.rings, from, to, c.ring_bytes);
+    copy_vector(c.keys, from, to, c.depth * size);
+    copy_vector(c.values, from, to, c.depth_v * size);
+    copy_vector(c.rings, from, to, c.ring_bytes);
     if (threadIdx.x % 32 == 0) {
         c.positions[to] = c.positions[from];
         c.mass[to] = c.mass[from];
@@ -318,7 +416,7 @@ __device__ int64_t choose_one(const sa_cuda_slots &c, evict_shared &s)
         s.at.list[c.stride] = (int32_t)s.at.stay;
     }
     __syncthreads();
-    record(c, s.at, s.at.list, s.at.list + c.stride + 1);
+    record(c, s.at, s.at.list);
     return slot < s.at.stay;
 }
 
@@ -327,20 +425,20 @@ __device__ int64_t choose_many(const sa_cuda_slots &c, evict_shared &s)
     uint64_t bound;
     int64_t position;
     for (int64_t i = threadIdx.x; i < s.at.count; i += evict_threads) {
-        s.at.order[i] = score_bits(c, s.at, i);
+        s.at.order[i] = is_free(s.at, i) ? score_bits(c, s.at, i) : ~(uint64_t)0;
     }
     __syncthreads();
-    find_bound(c, s, bound, position);
+    find_bound(s, bound, position);
     __syncthreads();
     if (threadIdx.x == 0) {
         s.at.bound = bound;
         s.at.position = position;
     }
     __syncthreads();
-    (void)list_slots(c, s, 0, s.at.count, true, s.at.list);
+    (void)list_slots(s, 0, s.at.count, true, s.at.list);
     __syncthreads();
-    record(c, s.at, s.at.list, s.at.list + c.stride);
-    return list_slots(c, s, s.at.stay, s.at.count, false, s.at.list + c.stride); /* gaps: those that leave, from the first on */
+    record(c, s.at, s.at.list);
+    return list_slots(s, s.at.stay, s.at.count, false, s.at.list + c.stride); /* gaps: those that leave, from the first on */
 }
 
 /* The lse of a part into its place among those of the call. */
@@ -359,12 +457,15 @@ __device__ void evict(const sa_cuda_slots &c)
     evict_shared &s = *(evict_shared *)memory;
     place_lse(c);
     if (threadIdx.x == 0) {
-        s.at = judge(c);
+        s.at = judge(c, c.scratch != nullptr ? (char *)(c.scratch + (int64_t)blockIdx.x * 4 * c.stride) : memory + SA_KV_EVICT_SHARED);
     }
     __syncthreads();
+    const judged &at = s.at;
+    for (int64_t i = threadIdx.x; i < at.count; i += evict_threads) {
+        at.places[i] = c.positions[at.first + i];
+    }
     take_weights(c, s);
     __syncthreads();
-    const judged &at = s.at;
     const bool evicts = at.leaving > 0 && at.fresh > 0;
     if (evicts) {
         if (c.kind == snap_kv) {

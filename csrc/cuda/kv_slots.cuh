@@ -150,21 +150,6 @@ __device__ __forceinline__ int ledger_bin(double mass)
     return bin < 0 ? 0 : bin >= SA_LEDGER_BINS ? SA_LEDGER_BINS - 1 : bin;
 }
 
-/* One token has left; by one thread. length: tokens seen. */
-__device__ __forceinline__ void record_one(const sa_cuda_slots &c, int64_t stream, int64_t position, int64_t length, double mass)
-{
-    sa_ledger *ledger = c.ledgers + stream;
-    ledger->evicted++;
-    if (c.weights != nullptr) {
-        ledger->mass += mass;
-        ledger->largest = mass > ledger->largest ? mass : ledger->largest;
-        ledger->histogram[ledger_bin(mass)]++;
-    }
-    if (c.log_size > 0) {
-        c.log[stream * c.log_size + ledger->logged++ % c.log_size] = {position, length, c.weights != nullptr ? mass : (double)NAN};
-    }
-}
-
 } // namespace sa
 
 #endif

@@ -15,12 +15,14 @@ enum {
     SA_KV_STEP_THREADS = 1024,
     SA_KV_SLOTS_A_THREAD = 4, /* of a step, at a time */
     SA_KV_WEIGHT_KEYS = 64,
-    SA_KV_WEIGHT_ROWS = 16,
+    SA_KV_WEIGHT_ROWS = 64,
+    SA_KV_WEIGHT_SLAB = 64, /* columns at a time */
     SA_KV_WEIGHT_THREADS = 256
 };
 
 #define SA_KV_EVICT_SHARED 4096
-#define SA_KV_WEIGHT_SHARED(depth) (4 * (SA_KV_WEIGHT_KEYS + SA_KV_WEIGHT_ROWS) * ((depth) + 1))
+#define SA_KV_SCRATCH(stride) (4 * 8 * (stride)) /* bytes of a stream, on top of it or in memory */
+#define SA_KV_WEIGHT_SHARED (4 * (SA_KV_WEIGHT_KEYS + SA_KV_WEIGHT_ROWS) * (SA_KV_WEIGHT_SLAB + 4))
 
 typedef struct sa_cuda_slots {
     sa_cuda_tensor key, value;   /* of the call: [batch, heads_kv, .., ..] */
@@ -41,7 +43,7 @@ typedef struct sa_cuda_slots {
     int64_t *budgets;            /* [heads_kv] */
     double *inv_freq;            /* [pairs] */
     float *weights;              /* [streams, weight_rows, stride] mass by slot, of each new query or of all together; NULL: not tracked */
-    uint64_t *scratch;           /* [streams, 3, stride] */
+    uint64_t *scratch;           /* [streams, 4, stride]; NULL: there is room in shared memory */
     void *turned;                /* [batch, heads_q, tokens, depth] queries; NULL: nothing is turned */
     const float *lse;            /* [batch, heads_q, tokens] of a part, which goes into lse_out; NULL: it is there */
     float *lse_out;              /* [batch, heads_q, lse_length] */

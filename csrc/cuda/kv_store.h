@@ -62,6 +62,7 @@ typedef struct sa_cuda_kv_work {
     bool appends;            /* and the attention writes into its slot */
     int64_t weights_offset, scratch_offset, turned_offset, lse_offset, lengths_offset, attention_offset; /* in the caller's memory; < 0: not needed */
     float *part_lse;         /* [batch, heads_q, tokens of a part]; NULL: the caller's, or none */
+    int64_t evict_shared;    /* bytes of shared memory */
     int64_t memory_bytes;
 } sa_cuda_kv_work;
 

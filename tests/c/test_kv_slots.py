@@ -68,12 +68,14 @@ class Cache:
             "evicted_at": np.zeros(streams, int), "counts": np.zeros(streams, int),
             "fresh": np.zeros(batch, int),
             "ledgers": np.zeros(streams, LEDGER), "log": np.zeros((streams, log), DEPARTURE),
-            "budgets": np.full(heads, budget), "scratch": np.zeros((streams, 3, stride), np.uint64)}
+            "budgets": np.full(heads, budget), "scratch": np.zeros((streams, 4, stride), np.uint64)}
         self.slots = Slots(batch=batch, heads_kv=heads, stride=stride, depth=depth, depth_v=depth,
                            slots=budget + every - 1, ring_bytes=ring, log_size=log, pinned=sinks, recent=recent, every=every,
                            window=window, kernel=kernel, maximum=maximum, decay=decay, seed=seed,
                            kind=KINDS.index(type(policy).__name__), dtype=0, first_part=1,
                            keep_call=1)
+        if every == 5:
+            del self.arrays["scratch"]  # there is room in shared memory
         for name, array in self.arrays.items():
             setattr(self.slots, name, array.ctypes.data)
 

@@ -112,16 +112,16 @@ int run_backward(const sa_attend_backward_params *params)
 void run_kv_append(const sa_cuda_slots *slots)
 {
     const uint32_t parts = (uint32_t)((slots->tokens + SA_KV_APPEND_WARPS - 1) / SA_KV_APPEND_WARPS);
-    device::launch_kernel([=] { kv_append(*slots); }, {0, parts * (uint32_t)(slots->batch * slots->heads_kv), 32 * SA_KV_APPEND_WARPS, 1, 0});
+    device::launch_kernel([=] { kv_append(*slots); }, {0, parts * (uint32_t)(slots->batch * slots->heads_kv), 32 * SA_KV_APPEND_WARPS, 1, 0, 0});
 }
 
 void run_kv_evict(const sa_cuda_slots *slots)
 {
     const uint32_t streams = (uint32_t)(slots->batch * slots->heads_kv);
     if (slots->tokens == 1 && slots->every == 1 && slots->kind != SA_POLICY_SNAP_KV) {
-        device::launch_kernel([=] { kv_step(*slots); }, {0, streams, SA_KV_STEP_THREADS, 1, SA_KV_EVICT_SHARED});
+        device::launch_kernel([=] { kv_step(*slots); }, {0, streams, SA_KV_STEP_THREADS, 1, SA_KV_EVICT_SHARED, 0});
     } else {
-        device::launch_kernel([=] { kv_evict(*slots); }, {0, streams, 32 * SA_KV_EVICT_WARPS, 1, SA_KV_EVICT_SHARED});
+        device::launch_kernel([=] { kv_evict(*slots); }, {0, streams, 32 * SA_KV_EVICT_WARPS, 1, SA_KV_EVICT_SHARED + (uint32_t)SA_KV_SCRATCH(slots->stride), 0});
     }
 }
 
