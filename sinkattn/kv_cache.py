@@ -14,7 +14,7 @@ from sinkattn.cache import (
     integer,
 )
 from sinkattn.ledger import Ledger, head_ledger
-from sinkattn.policy import CUR, H2O, Custom, ExpectedAttention, KeyDiff, Policy, number
+from sinkattn.policy import H2O, Custom, ExpectedAttention, Policy, number
 from sinkattn.rope import Rope
 
 _STATE_VERSION = 1
@@ -39,8 +39,8 @@ class KVCache(CoreCache):
         stream, with fixed shapes, so that a captured step replays; what tells what is held
         (`length`, `kept()`, `ledger`, `crop`, `state_dict`) waits for the stream. There each kv
         head of a row has the slots of the largest budget and room for `chunk` more, and these are
-        refused by name: KeyDiff, CUR, ExpectedAttention and Custom, a float budget,
-        positions="slot" with a rope, and ALiBi.
+        refused by name: ExpectedAttention and Custom, a float budget, positions="slot" with a
+        rope, and ALiBi.
     rope, positions : as of SinkCache. "original" keeps distances in the text. "slot" counts the
         tokens that are held: it needs raw keys (`applied=False`), which are turned for each call.
     track_mass : bool. The ledger knows the mass of what left; it costs a policy that needs no mass
@@ -105,7 +105,7 @@ class KVCache(CoreCache):
 
     def _refuse_on_cuda(self):
         """NotImplementedError for what the kernels of CUDA lack."""
-        if isinstance(self._policy, (KeyDiff, CUR, ExpectedAttention, Custom)):
+        if isinstance(self._policy, (ExpectedAttention, Custom)):
             raise NotImplementedError(f"KVCache(): policy {type(self._policy).__name__} on CUDA; "
                                       "the backends that have it: cpu")
         if self._share:

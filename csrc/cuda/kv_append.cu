@@ -35,10 +35,11 @@ __device__ void append_token(const sa_cuda_slots &c, int64_t stream, int64_t hel
     double own[2] = {};
     take_vector(c, c.key.data, key, c.keys, slot * c.depth, c.depth, c.turned != nullptr ? c.pairs : 0, position);
     take_vector(c, c.value.data, value, c.values, slot * c.depth_v, c.depth_v, 0, position);
-    if (c.kind == k_norm) {
-        own[0] = length_of(c, c.keys, slot * c.depth, c.depth);
-    } else if (c.kind == v_length_h2o) {
-        own[1] = length_of(c, c.values, slot * c.depth_v, c.depth_v);
+    if (c.kind == k_norm || c.kind == key_diff || c.kind == cur) {
+        own[0] = square_of(c, c.keys, slot * c.depth, c.depth);
+    }
+    if (c.kind == v_length_h2o || c.kind == cur) {
+        own[1] = square_of(c, c.values, slot * c.depth_v, c.depth_v);
     }
     for (int64_t i = threadIdx.x % 32; i < c.ring_bytes / 4; i += 32) {
         ((uint32_t *)(c.rings + slot * c.ring_bytes))[i] = 0;
@@ -46,8 +47,8 @@ __device__ void append_token(const sa_cuda_slots &c, int64_t stream, int64_t hel
     if (threadIdx.x % 32 == 0) {
         c.positions[slot] = position;
         c.mass[slot] = c.call[slot] = 0.0;
-        c.own[slot] = own[0];
-        c.own[all + slot] = own[1];
+        c.own[slot] = c.kind == cur ? own[0] : sqrt(own[0]);
+        c.own[all + slot] = c.kind == cur ? own[1] : sqrt(own[1]);
     }
 }
 

@@ -32,7 +32,10 @@ struct evict_shared {
     lowest found[SA_KV_EVICT_WARPS];
     int64_t counts[SA_KV_EVICT_WARPS];
     double sums[SA_KV_EVICT_WARPS];
+    double mean[256];             /* KeyDiff: of unit keys */
+    double parts[evict_threads];
 };
+static_assert(sizeof(evict_shared) <= SA_KV_EVICT_SHARED, "room for what a CTA knows");
 
 /* scratch: [4, stride] of 8 bytes. */
 __device__ judged judge(const sa_cuda_slots &c, char *scratch)
@@ -238,9 +241,84 @@ __device__ void score_snap(const sa_cuda_slots &c, const judged &at)
     __syncthreads();
 }
 
+/* CUR: |k|^2 |v|^2, each as a share of its window: `window` neighbours in order of position. */
+__device__ void score_cur(const sa_cuda_slots &c, const judged &at)
+{
+    const double *keys = c.own + at.first, *values = keys + c.batch * c.heads_kv * c.stride;
+    sort_slots(at);
+    for (int64_t first = threadIdx.x * c.window; first < at.count; first += evict_threads * c.window) {
+        const int64_t last = least(first + c.window, at.count);
+        double key = 0.0, value = 0.0;
+        for (int64_t rank = first; rank < last; rank++) {
+            key += keys[at.list[rank]];
+            value += values[at.list[rank]];
+        }
+        for (int64_t rank = first; rank < last; rank++) {
+            const int64_t slot = at.list[rank];
+            at.order[slot] = ordered(product(key > 0.0 ? keys[slot] / key : 0.0, value > 0.0 ? values[slot] / value : 0.0));
+        }
+    }
+    __syncthreads();
+}
+
+/* The mean of unit keys, a column a thread and slots in turn, then its length. */
+__device__ double mean_key(const sa_cuda_slots &c, evict_shared &s)
+{
+    const int columns = ((int)c.depth + 31) / 32 * 32, column = threadIdx.x % columns, part = threadIdx.x / columns, parts = evict_threads / columns;
+    double sum = 0.0;
+    for (int64_t i = part; i < s.at.count && part < parts && column < c.depth; i += parts) {
+        const double length = c.own[s.at.first + i];
+        sum += length > 0.0 ? (double)wide_number(c.dtype, c.keys, (s.at.first + i) * c.depth + column) / (length * (double)s.at.count) : 0.0;
+    }
+    s.parts[threadIdx.x] = sum;
+    __syncthreads();
+    double square = 0.0;
+    if (threadIdx.x < c.depth) {
+        double whole = 0.0;
+        for (int i = 0; i < parts; i++) {
+            whole += s.parts[i * columns + threadIdx.x];
+        }
+        s.mean[threadIdx.x] = whole;
+        square = product(whole, whole);
+    }
+    return sqrt(sum_all(square, s.sums));
+}
+
+/* KeyDiff: - cos(k, mean of unit keys); a warp for each slot. */
+__device__ void score_key_diff(const sa_cuda_slots &c, evict_shared &s)
+{
+    const double whole = mean_key(c, s);
+    for (int64_t i = threadIdx.x / 32; i < s.at.count; i += SA_KV_EVICT_WARPS) {
+        double dot = 0.0;
+        for (int64_t d = threadIdx.x % 32; d < c.depth; d += 32) {
+            dot += product(s.mean[d], (double)wide_number(c.dtype, c.keys, (s.at.first + i) * c.depth + d));
+        }
+        for (int step = 16; step > 0; step /= 2) {
+            dot += __shfl_xor_sync(~0u, dot, step);
+        }
+        if (threadIdx.x % 32 == 0) {
+            const double length = c.own[s.at.first + i] * whole;
+            s.at.order[i] = ordered(length > 0.0 ? -dot / length : 0.0);
+        }
+    }
+    __syncthreads();
+}
+
+/* Policies whose scores come all together leave them in `order`. */
+__device__ void score_together(const sa_cuda_slots &c, evict_shared &s)
+{
+    if (c.kind == snap_kv) {
+        score_snap(c, s.at);
+    } else if (c.kind == cur) {
+        score_cur(c, s.at);
+    } else if (c.kind == key_diff) {
+        score_key_diff(c, s);
+    }
+}
+
 __device__ __forceinline__ uint64_t score_bits(const sa_cuda_slots &c, const judged &at, int64_t i)
 {
-    return c.kind == snap_kv ? at.order[i] : ordered(score_of(c, at, i));
+    return c.kind == snap_kv || c.kind == cur || c.kind == key_diff ? at.order[i] : ordered(score_of(c, at, i));
 }
 
 __device__ __forceinline__ bool is_free(const judged &at, int64_t i)
@@ -468,9 +546,7 @@ __device__ void evict(const sa_cuda_slots &c)
     __syncthreads();
     const bool evicts = at.leaving > 0 && at.fresh > 0;
     if (evicts) {
-        if (c.kind == snap_kv) {
-            score_snap(c, at);
-        }
+        score_together(c, s);
         const int64_t moved = at.leaving == 1 ? choose_one(c, s) : choose_many(c, s);
         __syncthreads();
         for (int64_t i = threadIdx.x / 32; i < moved; i += SA_KV_EVICT_WARPS) {

@@ -43,8 +43,8 @@ __device__ __forceinline__ void copy_number(int dtype, const void *from, int64_t
     }
 }
 
-/* Euclidean length of a stored vector; every lane gets it. */
-__device__ inline double length_of(const sa_cuda_slots &c, const void *data, int64_t at, int64_t depth)
+/* Squared length of a stored vector; every lane gets it. */
+__device__ inline double square_of(const sa_cuda_slots &c, const void *data, int64_t at, int64_t depth)
 {
     double sum = 0.0;
     __syncwarp(); /* other lanes wrote it */
@@ -55,7 +55,7 @@ __device__ inline double length_of(const sa_cuda_slots &c, const void *data, int
     for (int step = 16; step > 0; step /= 2) {
         sum += __shfl_xor_sync(~0u, sum, step);
     }
-    return sqrt(sum);
+    return sum;
 }
 
 __device__ __forceinline__ uint64_t mixed(uint64_t x)

@@ -20,7 +20,7 @@ enum {
     SA_KV_WEIGHT_THREADS = 256
 };
 
-#define SA_KV_EVICT_SHARED 4096
+#define SA_KV_EVICT_SHARED 8192
 #define SA_KV_SCRATCH(stride) (4 * 8 * (stride)) /* bytes of a stream, on top of it or in memory */
 #define SA_KV_WEIGHT_SHARED (4 * (SA_KV_WEIGHT_KEYS + SA_KV_WEIGHT_ROWS) * (SA_KV_WEIGHT_SLAB + 4))
 

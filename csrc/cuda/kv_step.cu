@@ -276,7 +276,7 @@ __device__ __forceinline__ void measure_token(const sa_cuda_slots &c, const step
 {
     const bool of_key = c.kind == k_norm;
     const int64_t depth = of_key ? c.depth : c.depth_v;
-    const double length = length_of(c, of_key ? c.keys : c.values, (at.first + at.last) * depth, depth);
+    const double length = sqrt(square_of(c, of_key ? c.keys : c.values, (at.first + at.last) * depth, depth));
     if (threadIdx.x % 32 == 0) {
         s.length = length;
     }

@@ -285,7 +285,8 @@ def overhead(torch, sizes):
 
 
 SUITES = {"decode": (decode,), "cache": (step,), "policies": (policies,),
-          "prefill": (prefill,), "window": (prefill,), "backward": (backward,), "overhead": (overhead,)}
+          "prefill": (prefill,), "window": (prefill,), "backward": (backward,),
+          "overhead": (overhead,)}
 SIZES = {
     "cold": COLD,
     "decode": [(1, 32, 8, 128, 4096), (1, 32, 8, 128, 32768), (1, 32, 8, 128, 131072),

@@ -74,7 +74,7 @@ def run(folder, code):
 
 @pytest.mark.parametrize("policy", [
     "SinkWindow()", "H2O()", "H2ONorm()", "H2OEMA(0.9)", "VLengthH2O()", "Scissorhands(5)", "TOVA()",
-    "SnapKV(w=6, kernel=3)", "KNorm()", "Random(7)"])
+    "SnapKV(w=6, kernel=3)", "KNorm()", "KeyDiff()", "CUR(5)", "Random(7)"])
 def test_a_stream_is_that_of_the_cpu(emulation, policy):
     """Parts, steps, rows of lengths of their own, padded rows."""
     run(emulation[0], f"""

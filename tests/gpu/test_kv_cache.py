@@ -5,10 +5,12 @@ import pytest
 
 from sinkattn import KVCache
 from sinkattn.policy import (
+    CUR,
     H2O,
     H2OEMA,
     TOVA,
     H2ONorm,
+    KeyDiff,
     KNorm,
     Random,
     Scissorhands,
@@ -18,7 +20,7 @@ from sinkattn.policy import (
 )
 
 POLICIES = [SinkWindow(), H2O(), H2ONorm(), H2OEMA(0.9), VLengthH2O(), Scissorhands(5), TOVA(),
-            SnapKV(w=8, kernel=3), KNorm(), Random(7)]
+            SnapKV(w=8, kernel=3), KNorm(), KeyDiff(), CUR(5), Random(7)]
 
 
 def chunk(torch, tokens=1, batch=2, heads=(8, 2), depth=64, seed=0):

@@ -13,7 +13,6 @@ from sinkattn.policy import (
     TOVA,
     Custom,
     ExpectedAttention,
-    KeyDiff,
     KNorm,
     Random,
     Scissorhands,
@@ -39,7 +38,7 @@ def filled(**keywords):
     ({"device": "tpu"}, NotImplementedError, r"device is tpu; the backends are: cpu, cuda"),
     *[({"device": "cuda", "policy": policy}, NotImplementedError,
        rf"policy {type(policy).__name__} on CUDA; the backends that have it: cpu")
-      for policy in (KeyDiff(), CUR(), ExpectedAttention(), Custom(len))],
+      for policy in (ExpectedAttention(), Custom(len))],
     ({"device": "cuda", "budget": 0.5}, NotImplementedError, r"budget is a share on CUDA"),
     ({"device": "cuda", "rope": Rope.from_theta(8), "positions": "slot"}, NotImplementedError,
      r"positions='slot' with a rope on CUDA; the backends that have it: cpu"),

@@ -118,7 +118,7 @@ void run_kv_append(const sa_cuda_slots *slots)
 void run_kv_evict(const sa_cuda_slots *slots)
 {
     const uint32_t streams = (uint32_t)(slots->batch * slots->heads_kv);
-    if (slots->tokens == 1 && slots->every == 1 && slots->kind != SA_POLICY_SNAP_KV) {
+    if (slots->tokens == 1 && slots->every == 1 && slots->kind != SA_POLICY_SNAP_KV && slots->kind != SA_POLICY_KEY_DIFF && slots->kind != SA_POLICY_CUR) {
         device::launch_kernel([=] { kv_step(*slots); }, {0, streams, SA_KV_STEP_THREADS, 1, SA_KV_EVICT_SHARED, 0});
     } else {
         device::launch_kernel([=] { kv_evict(*slots); }, {0, streams, 32 * SA_KV_EVICT_WARPS, 1, SA_KV_EVICT_SHARED + (uint32_t)SA_KV_SCRATCH(slots->stride), 0});
