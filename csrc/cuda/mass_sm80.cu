@@ -5,7 +5,7 @@
  * A sum has no need to keep heads and queries apart: the rows of a kv head pass by, 64 at a time, in two buffers filled by cp.async, while
  * every warp keeps its keys in registers as the left operand. Sums of a tile in fp32, of tiles in fp64, in a fixed order; one writer a key.
  * flops = 2 * depth * visible pairs * heads_q, and as many exponentials as pairs.
- * H200, 2026-11-25, 32/8 heads, N 8192, D 128, bf16, causal: attend 3.10 ms, with mass 6.18 ms. */
+ * H200, 2026-11-25, 32/8 heads, N 8192, D 128, bf16, causal: this pass alone about 3.1 ms (mass_sm90.cu 0.81). */
 #include "decode_load.cuh"
 #include "mass.cuh"
 
