@@ -5,10 +5,6 @@
 #include "finish.cuh"
 #include "tma.cuh"
 
-#ifndef SA_HOPPER_TURNS
-#define SA_HOPPER_TURNS 0 /* warpgroups issue their products by turns */
-#endif
-
 namespace sa
 {
 

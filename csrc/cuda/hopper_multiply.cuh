@@ -280,20 +280,6 @@ template <typename T, typename F> struct consumer {
         }
     }
 
-    __device__ __forceinline__ void take_turn()
-    {
-        if (SA_HOPPER_TURNS) {
-            meet(2 + group, 256);
-        }
-    }
-
-    __device__ __forceinline__ void give_turn()
-    {
-        if (SA_HOPPER_TURNS) {
-            call(2 + (group + 1) % F::groups, 256);
-        }
-    }
-
     /* The next slice's keys are issued before the values of the one before, whichever tile that belongs to; afterwards its scores are there. */
     __device__ __forceinline__ slice_note issue(float (&scores)[F::keys / 2], const uint32_t (&weights)[F::keys / 4], cursor before, bool waits,
                                                 float (&values)[F::width / 2])
@@ -303,12 +289,10 @@ template <typename T, typename F> struct consumer {
         if (waits) {
             barrier_wait(&s.values_full[before.stage], before.parity);
         }
-        take_turn();
         pin(values);
         products_begin();
         issue_keys<F::keys>(scores, queries_for(note));
         issue_values<F::keys>(weights, before.stage, values);
-        give_turn();
         return note;
     }
 
@@ -425,9 +409,6 @@ template <typename T, typename F> struct consumer {
         }
         key_ring = describe_panels(memory + F::key_ring, 16, 1024);
         value_ring = describe_panels(memory + F::value_ring, F::keys * 128, 1024);
-        if (SA_HOPPER_TURNS && group == F::groups - 1) {
-            call(2, 256);
-        }
         for (;;) {
             barrier_wait(&s.tile_full[tiles.stage], tiles.parity);
             const group_tile &t = s.tiles[tiles.stage];

@@ -11,11 +11,23 @@
  * A form that is `featured` serves softcap, ALiBi, bias of pinned keys, a second query, and scales that are not positive.
  * Not for: caches, learned keys, windows below 512, groups of more than SA_HOPPER_HEADS heads, what the copy engine cannot walk (choose.c).
  *
-FIGURES
+ * H200, bf16, medians of 5 to 9 calls timed alone on the device, 2026-11-25. TFLOP/s of dense causal rows (64/8 heads: D 128, N 8192 and
+ * 32768; D 64, N 16384) and ms of windows (D 128, N 32768: 1024 with 4 pinned and sink logits, 64/8; 4096 with 4 pinned, 32/8):
+ *   v1 copies by a warpgroup, tiles 128 x 128              583   552-564   408-410   3.27-3.29   3.78-3.82
+ *   v2 copy engine, values overlap, tiles' ends too        601   614-647   496       3.00        3.51       D 64: tiles 192 x 128
+ *   v2 tiles 192 x 80                                      647   644        -        2.71        3.31
+ *   v3 a warp finds tiles beforehand                       666   631       530       2.05        3.16
+ *   v3 not by turns                                        671   668       534       2.03        3.14
+ *   v4 maxima by four chains, uniform addresses            not timed yet
+ *   cuDNN, in the run of v1 and v2                         611   598       479        -           -
+ * Forms of depth 96, 192 and 256 and those that are featured: not timed yet. Limited by: not known; long runs vary by 5 % with the clock.
+ *
  * A trap: ptxas moves wgmma's wait to the top of its basic block, above the softmax that should hide it; a branch before it keeps it where
- * it is (finish_values). Half of what v2 won over v1 is that.
- * Tried and lost: part of the exponentials by polynomial (issue slots are as scarce as the special function unit); queries in registers;
- * turns of the warpgroups; scaling at every new maximum (2 to 4 %); heads in sections that fit the L2; tiles by the warp that copies. */
+ * it is (finish_values). v1 had no overlap inside of a warpgroup for that reason.
+ * Tried and lost (v2, v3): 2 or 4 of 16 exponentials by polynomial (2 to 5 % at D 128, more at D 64); queries in registers (nothing); turns
+ * of the warpgroups (1 to 6 %); scaling at every new maximum (1 to 3 %); kv heads in sections (8 to 16 % at N 8192); D 128 with 192 x 64,
+ * 128 x 96 to 176; two stages instead of three (7 %); D 64 with 128 rows (12 to 20 %), 96 or 112 keys (3 %). Four multiplying
+ * warpgroups hang where they ask for more registers than the CTA began with. */
 #include "hopper_copy.cuh"
 #include "hopper_multiply.cuh"
 
@@ -65,10 +77,12 @@ template <typename T, typename F> __device__ __forceinline__ void prefill_hopper
         }
     } else {
         take_registers<F::groups == 2 ? 232 : 160>();
-        const int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0) - 1; /* the same for all, which the compiler is to know */
+        /* The same for a warp, which the compiler is to know. */
+        const int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0) - 1;
         const int row = group * 64 + (int)threadIdx.x / 32 % 4 * 16 + (int)threadIdx.x % 32 / 4;
         const int heads = call.problem.group;
-        consumer<T, F> one = {call.problem, s, elements, group, {}, call.problem.scale * log2e, F::featured ? 1.0f : call.problem.scale * log2e, {}, {}};
+        const float scale = call.problem.scale * log2e;
+        consumer<T, F> one = {call.problem, s, elements, group, {}, scale, F::featured ? 1.0f : scale, {}, {}};
         for (int half = 0; half < 2; half++) {
             one.rows[half] = (uint32_t)((row + 8 * half) / heads << 16 | (row + 8 * half) % heads);
         }
