@@ -16,7 +16,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = ROOT / "tests/c/device"
 KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass", "merge", "backward_rows",
-           "backward_f32", "backward_sm80", "backward_sm90")
+           "backward_f32", "backward_sm80", "backward_sm90", "window_sm90")
 NUMBER_TYPES = {"float32": 0, "float16": 1, "float64": 3, "int32": 6, "int64": 7}
 I32, I64, F64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -76,6 +76,7 @@ class Facts(ctypes.Structure):
 
 
 H200 = Facts(90, 132, 232448, 8)
+HOPPER = Facts(90, 132, 232448, 8, 1)  # with its own kernels, of which not all run here
 A100 = Facts(80, 108, 166912, 0)
 SMALL = Facts(89, 142, 101376, 0)  # one warp a block where depth is 256
 

@@ -10,7 +10,8 @@ enum {
     DECODE,
     PREFILL = DECODE + 6,
     HOPPER = PREFILL + 6, /* depth 64 and 128 */
-    ATTEND_F32 = HOPPER + 4,
+    WINDOW = HOPPER + 4,   /* the same */
+    ATTEND_F32 = WINDOW + 4,
     ROTATE = ATTEND_F32 + 3,
     COMMIT,
     MASS,
@@ -39,6 +40,10 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"prefill_hopper_f16_128", "prefill_sm90"},
     {"prefill_hopper_bf16_64", "prefill_sm90"},
     {"prefill_hopper_bf16_128", "prefill_sm90"},
+    {"prefill_window_f16_64", "window_sm90"},
+    {"prefill_window_f16_128", "window_sm90"},
+    {"prefill_window_bf16_64", "window_sm90"},
+    {"prefill_window_bf16_128", "window_sm90"},
     {"attend_f32_64", "attend_f32"},
     {"attend_f32_128", "attend_f32"},
     {"attend_f32_256", "attend_f32"},
@@ -253,8 +258,30 @@ static bool suits_hopper(const sa_cuda_problem *p, const sa_cuda_device *device,
            tensor_in_pieces(&p->query, p->depth, 2) && p->scale > 0.0f;
 }
 
+/* Does the kernel of narrow windows serve a call? All that a tile of rows sees has to fit into registers. */
+static bool suits_window(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *o)
+{
+    const bool other = p->cache.keys != NULL || p->sequences > 0 || p->learned > 0 || !p->causal;
+    const bool fits = o->group <= SA_WINDOW_HEADS && p->pinned <= SA_WINDOW_PINNED && p->common_window > 0 &&
+                      p->common_window <= SA_WINDOW_KEYS - SA_WINDOW_SPAN(o->group) + 1 && p->query_length * o->group <= INT32_MAX - 64;
+    return device->wgmma && o->bucket < 2 && is_plain(p) && !other && fits && p->aligned && p->scale > 0.0f &&
+           tensor_in_pieces(&p->query, p->depth, 2) && tensor_in_pieces(&p->output, p->depth_v, 2);
+}
+
+static bool plan_window(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
+{
+    const int64_t units = units_of(p, o, 64);
+    p->splits = 1;
+    p->row_tiles = tiles_of(p, o, 64);
+    return units <= INT32_MAX && push(plan, WINDOW + (p->dtype == SA_CUDA_BF16 ? 2 : 0) + o->bucket, min_i64(units, device->multiprocessors),
+                                      SA_WINDOW_THREADS, 1, SA_WINDOW_SHARED(o->depth));
+}
+
 static bool plan_prefill(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
 {
+    if (suits_window(p, device, o)) {
+        return plan_window(p, device, o, plan);
+    }
     const bool hopper = suits_hopper(p, device, o), bf16 = p->dtype == SA_CUDA_BF16;
     const int64_t rows = hopper ? SA_HOPPER_ROWS : SA_PREFILL_ROWS, units = units_of(p, o, rows);
     p->splits = 1;

@@ -6,6 +6,7 @@
  *   decode.cu        decode_<t>_<d>    few query rows: keys split over CTAs; with `append` the whole streaming step
  *   prefill_sm80.cu  prefill_<t>_<d>   many query rows
  *   prefill_sm90.cu  prefill_hopper_<t>_<d>  the same on Hopper, up to depth 128 and without what changes a score
+ *   window_sm90.cu   prefill_window_<t>_<d>  windows so narrow that all that a tile of rows sees fits into registers
  *   attend_f32.cu    attend_f32_<d>    fp32, both
  *   cache.cu         cache_rotate      rotates a chunk into scratch
  *                    cache_commit      writes a chunk into the slots and advances lengths and lows

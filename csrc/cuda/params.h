@@ -141,6 +141,13 @@ enum {
     SA_HOPPER_KEYS = 128,
     SA_HOPPER_STAGES = 2,
     SA_HOPPER_THREADS = 384, /* a warpgroup copies, two multiply */
+    SA_WINDOW_KEYS = 144,   /* of a tile of 64 rows, the pinned ones apart */
+    SA_WINDOW_GROUPS = 3,   /* warpgroups that multiply */
+    SA_WINDOW_THREADS = 128 * (1 + SA_WINDOW_GROUPS),
+    SA_WINDOW_REGISTERS = 152,
+    SA_WINDOW_COPYING_REGISTERS = 56,
+    SA_WINDOW_HEADS = 64,   /* of a group, at most */
+    SA_WINDOW_PINNED = 16,  /* at most */
     SA_MASS_KEYS = 64,
     SA_MASS_ROWS = 16,
     SA_MASS_WARPS = 8,
@@ -161,6 +168,15 @@ enum {
 #define SA_PREFILL_SHARED(depth) (SA_ROWS_SHARED + 2 * (depth) * (SA_PREFILL_ROWS + 4 * SA_PREFILL_KEYS(depth)))
 #define SA_HOPPER_ROWS_SHARED 11264 /* a multiple of 1024, to which swizzled panels are aligned */
 #define SA_HOPPER_SHARED(depth) (SA_HOPPER_ROWS_SHARED + 2 * (depth) * (SA_HOPPER_ROWS + 2 * SA_HOPPER_STAGES * SA_HOPPER_KEYS))
+
+/* Keys from the first that the first row of a tile may see to the last that the last may, without the window: positions of a tile, and up to
+ * seven more where tiles don't begin at multiples of eight. */
+#define SA_WINDOW_SPAN(group) (64 % ((group) * 8) == 0 ? 64 / (group) : (63 + (group) - 1) / (group) + 1 + 7)
+#define SA_WINDOW_STATE_SHARED 2048
+#define SA_WINDOW_BUNDLES(depth) ((depth) == 64 ? 32 : 15) /* of 16 keys, in the ring */
+#define SA_WINDOW_SHARED(depth)                                                                                                            \
+    (SA_WINDOW_STATE_SHARED + 2 * (depth) * (2 * 16 * (SA_WINDOW_BUNDLES(depth) + 1) + SA_WINDOW_GROUPS * 64 * 2))
+
 #define SA_MASS_SHARED_TOTALS(stride) ((4 * (SA_MASS_KEYS + SA_MASS_ROWS) * (stride) + 7) / 8 * 8)
 #define SA_MASS_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS((depth) + 1) + 8 * 32 * SA_MASS_WARPS)
 #define SA_ROTATE_SHARED (2 * 2 * 128 * 4)

@@ -1,0 +1,598 @@
+/* Attention of many query rows with a narrow window on Hopper: what a row sees fits into registers at once, so there is nothing to rescale.
+ *
+ *   out = sum_j 2^(s_j - m) v_j / (sum_j 2^(s_j - m) + 2^(sigma - m)),   flops = 4 * depth * visible pairs * heads_q * batch
+ *   bytes = 2 * (depth + depth_v) * (heads_q + heads_kv) * query_length * batch, which is what bounds it
+ *
+ * Rows are the queries of all heads of a group, 64 to a tile, so that a tile spans few positions and sees few more keys than the window. A CTA
+ * walks along a stretch of tiles of one kv head; keys and values come once each, 16 at a time, into a ring from which its warpgroups take
+ * tiles by turns: all products of a tile's scores, one softmax, all products with the values. Queries are each warp's own affair: it copies
+ * its 16 rows one tile ahead, and its outputs leave through the same place in lines of 128 bytes. Pinned keys are a small block of their own.
+ *
+ * H200, bf16: not timed yet. */
+#include "finish.cuh"
+#include "wgmma_window.cuh"
+
+namespace sa
+{
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int window_groups = SA_WINDOW_GROUPS, window_warps = 4 * window_groups, copying_threads = 128, bundle = 16;
+constexpr int tile_rows = 64, warp_rows = 16, group_limit = SA_WINDOW_HEADS, edge = 24;
+
+/* Where things lie: addresses, and a ring of `bundles` bundles whose first ones are repeated behind its end, so that no product wraps. */
+template <int depth> struct window_memory {
+    static constexpr uint32_t row_bytes = depth * 2, panel = SA_WINDOW_BUNDLES(depth) * bundle * 128, ring_bytes = panel * (depth / 64);
+    uint32_t keys, values, pinned_keys, pinned_values, queries;
+    int bundles, repeated;
+};
+
+template <int depth> __device__ __forceinline__ window_memory<depth> window_memory_of(const sa_cuda_problem &p, char *memory)
+{
+    using layout = window_memory<depth>;
+    layout m;
+    m.keys = shared_address(memory) + SA_WINDOW_STATE_SHARED;
+    m.values = m.keys + layout::ring_bytes;
+    m.pinned_keys = m.values + layout::ring_bytes;
+    m.pinned_values = m.pinned_keys + bundle * layout::row_bytes;
+    m.queries = m.pinned_values + bundle * layout::row_bytes;
+    m.repeated = 64 % p.group == 0 && 64 / p.group % 16 == 0 ? 2 : 3; /* 48 keys from a multiple of 16, or of 8 */
+    m.bundles = SA_WINDOW_BUNDLES(depth) - m.repeated;
+    return m;
+}
+
+/* Consecutive tiles of one kv head of one row. Keys are counted from `origin` on, in lines; tile j works on the `keys` lines from
+ * shift_of(j) on, which hold all that it sees. */
+struct stretch {
+    place at;
+    int64_t origin;                /* index of line 0 among the row's keys; may be negative */
+    int head, tiles, first_row, first_token;
+    int rows, real;                /* of the whole row and kv head: all, and those of real queries */
+    int behind;                    /* line of the position of first_token */
+    uint32_t group, inverse;       /* x / group = x * inverse >> 16 for small x */
+};
+
+/* Everything in shared memory but the elements. */
+struct window_state {
+    uint64_t full[SA_WINDOW_BUNDLES(64)], free[SA_WINDOW_BUNDLES(64)];
+    uint64_t stretch_full, stretch_free;
+    stretch now;             /* no tiles: the end */
+    float sink[group_limit]; /* log2 units */
+    int window[group_limit];
+};
+static_assert(sizeof(window_state) <= SA_WINDOW_STATE_SHARED, "room for what is known of the heads");
+
+/* A tile: its first row, whose query and head in the group, and its first line. */
+struct spot {
+    int row, token, head, shift;
+};
+
+__device__ __forceinline__ spot spot_of(const stretch &s, int tile)
+{
+    const int row = s.first_row + tile * tile_rows, token = (int)((uint32_t)row / s.group);
+    return {row, token, row - token * (int)s.group, (token - s.first_token) & ~7};
+}
+
+/* Query and head in the group of row `row` of a tile. */
+struct owner {
+    int token, head;
+};
+
+__device__ __forceinline__ owner owner_of(const stretch &s, const spot &t, int row)
+{
+    const uint32_t skipped = (uint32_t)(t.head + row) * s.inverse >> 16;
+    return {t.token + (int)skipped, t.head + row - (int)(skipped * s.group)};
+}
+
+template <int keys> __device__ __forceinline__ int bundles_of(const stretch &s)
+{
+    return (spot_of(s, s.tiles - 1).shift + keys + bundle - 1) / bundle;
+}
+
+/* Tiles of all kv heads of all rows are shared out evenly, neighbours together. */
+__device__ __forceinline__ uint32_t first_unit(const sa_cuda_problem &p, uint32_t cta)
+{
+    return (uint32_t)((uint64_t)(p.row_tiles * p.heads_kv * p.batch) * cta / gridDim.x);
+}
+
+/* The next stretch of this CTA's share of all tiles, from unit `next` on; without tiles at the end. */
+template <int keys> __device__ __forceinline__ stretch next_stretch(const sa_cuda_problem &p, uint32_t &next)
+{
+    stretch s = {};
+    const uint32_t tiles = (uint32_t)p.row_tiles, end = first_unit(p, blockIdx.x + 1);
+    if (next >= end) {
+        return s;
+    }
+    const uint32_t band = next / tiles, tile = next - band * tiles, left = end - next;
+    s.tiles = (int)(left < tiles - tile ? left : tiles - tile);
+    next += s.tiles;
+    s.at = batch_row(p, band / (uint32_t)p.heads_kv);
+    s.head = (int)(band % (uint32_t)p.heads_kv);
+    s.group = (uint32_t)p.group;
+    s.inverse = (65535 + s.group) / s.group;
+    s.first_row = (int)tile * tile_rows;
+    s.first_token = (int)((uint32_t)s.first_row / s.group);
+    s.rows = (int)(s.at.query_total * s.group);
+    s.real = (int)(s.at.query_count * s.group);
+    s.behind = keys - SA_WINDOW_SPAN((int)s.group);
+    s.origin = s.at.position + s.first_token - s.behind;
+    return s;
+}
+
+struct ring_cursor {
+    int stage = 0;
+    uint32_t parity = 0, count = 0;
+    __device__ __forceinline__ void step(int stages)
+    {
+        count++;
+        if (++stage == stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+/* --- the warpgroup that copies ----------------------------------------------------------------------------------------------------- */
+
+/* A thread's share of a bundle. `again` 0: it lies in one place. */
+template <int depth>
+__device__ __forceinline__ void copy_bundle(const char *from, int64_t stride, int64_t line, int64_t low, int64_t high, bool within,
+                                            uint32_t target, uint32_t again)
+{
+    constexpr int pieces = depth / 8, step = copying_threads / pieces;
+#pragma unroll
+    for (int i = 0; i < bundle / step; i++) {
+        const bool copied = within && line + i * step >= low && line + i * step < high;
+        const char *source = from + i * step * stride;
+        copy_or_clear_16(target + i * step * 128, source, copied);
+        if (again != 0) {
+            copy_or_clear_16(again + i * step * 128, source, copied);
+        }
+    }
+}
+
+/* Where a thread's first piece of a bundle lies: panels of 64 columns, 128-byte swizzle. */
+template <int depth> __device__ __forceinline__ uint32_t bundle_offset(uint32_t panel)
+{
+    const int thread = threadIdx.x % copying_threads, row = thread / (depth / 8), piece = thread % (depth / 8);
+    return piece / 8 * panel + row * 128 + ((piece % 8 ^ row % 8) * 16);
+}
+
+/* What belongs to the kv head: pinned keys, and numbers of the group's heads. */
+template <int depth>
+__device__ __forceinline__ void begin_stretch(const sa_cuda_problem &p, const stretch &s, window_state &state, const window_memory<depth> &m)
+{
+    const int thread = threadIdx.x % copying_threads, row = thread / (depth / 8), piece = thread % (depth / 8);
+    const int64_t pinned = least(p.pinned, s.at.key_count);
+    const uint32_t offset = bundle_offset<depth>(bundle * 128);
+    copy_bundle<depth>(element(p.key, s.at.batch, s.head, s.at.key_begin + row, 2) + piece * 16, p.key.token * 2, row, 0, pinned,
+                       piece * 8 < p.depth, m.pinned_keys + offset, 0);
+    copy_bundle<depth>(element(p.value, s.at.batch, s.head, s.at.key_begin + row, 2) + piece * 16, p.value.token * 2, row, 0, pinned,
+                       piece * 8 < p.depth_v, m.pinned_values + offset, 0);
+    if (thread == 0) {
+        state.now = s;
+    }
+    if (thread < (int)s.group) {
+        state.sink[thread] = sink_of(p, s.head * s.group + thread);
+        state.window[thread] = (int)least(window_of(p, s.head * s.group + thread), 1 << 20);
+    }
+    barrier_arrive(&state.stretch_full);
+    barrier_arrive_copied(&state.stretch_full);
+}
+
+template <int depth, int keys> __device__ void copy_stretches(const sa_cuda_problem &p, window_state &state, const window_memory<depth> &m)
+{
+    const int thread = threadIdx.x % copying_threads, row = thread / (depth / 8), piece = thread % (depth / 8);
+    const uint32_t offset = bundle_offset<depth>(m.panel);
+    uint32_t next = first_unit(p, blockIdx.x);
+    ring_cursor at;
+    for (uint32_t parity = 1;; parity ^= 1) {
+        const stretch s = next_stretch<keys>(p, next);
+        barrier_wait(&state.stretch_free, parity);
+        begin_stretch<depth>(p, s, state, m);
+        if (s.tiles == 0) {
+            break;
+        }
+        const int64_t low = most(0, s.at.position - p.common_window + 1);
+        int64_t line = s.origin + row;
+        const char *key = element(p.key, s.at.batch, s.head, s.at.key_begin + line, 2) + piece * 16;
+        const char *value = element(p.value, s.at.batch, s.head, s.at.key_begin + line, 2) + piece * 16;
+        const int count = bundles_of<keys>(s);
+        for (int i = 0; i < count; i++) {
+            const uint32_t place = offset + at.stage * (bundle * 128);
+            const uint32_t again = at.stage < m.repeated ? place + m.bundles * (bundle * 128) : 0;
+            barrier_wait(&state.free[at.stage], at.parity ^ 1);
+            copy_bundle<depth>(key, p.key.token * 2, line, low, s.at.key_count, piece * 8 < p.depth, m.keys + place,
+                               again ? m.keys + again : 0);
+            copy_bundle<depth>(value, p.value.token * 2, line, low, s.at.key_count, piece * 8 < p.depth_v, m.values + place,
+                               again ? m.values + again : 0);
+            barrier_arrive_copied(&state.full[at.stage]);
+            at.step(m.bundles);
+            line += bundle;
+            key += bundle * p.key.token * 2;
+            value += bundle * p.value.token * 2;
+        }
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+}
+
+/* --- the warpgroups that multiply -------------------------------------------------------------------------------------------------- */
+
+/* A warp's 16 rows in shared memory: of 16-byte pieces, swizzled. */
+template <int depth> __device__ __forceinline__ uint32_t warp_piece(uint32_t memory, int row, int piece)
+{
+    return memory + row * (depth * 2) + ((piece ^ (row & 7)) * 16);
+}
+
+/* The warp's rows of a tile by pieces of 16 bytes: body(row of the warp, row of all, query, head, piece). */
+template <int depth, typename Body> __device__ __forceinline__ void each_piece(const stretch &s, const spot &t, Body body)
+{
+    constexpr int pieces = depth / 8;
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * warp_rows;
+#pragma unroll
+    for (int i = 0; i < warp_rows * pieces / 32; i++) {
+        const int row = (i * 32 + lane) / pieces;
+        const owner of = owner_of(s, t, first + row);
+        body(row, t.row + first + row, of.token, s.head * (int)s.group + of.head, lane % pieces);
+    }
+}
+
+template <int depth>
+__device__ __forceinline__ void fetch_queries(const sa_cuda_problem &p, const stretch &s, const spot &t, uint32_t memory)
+{
+    each_piece<depth>(s, t, [&](int row, int all, int token, int head, int piece) {
+        const bool copied = all < s.real && piece * 8 < p.depth;
+        const char *from = element(p.query, s.at.batch, head, s.at.query_begin + (copied ? token : 0), 2) + (copied ? piece * 16 : 0);
+        copy_or_clear_16(warp_piece<depth>(memory, row, piece), from, copied);
+    });
+    copy_async_commit();
+}
+
+/* Hides what rows do not see. Within a long sequence that is near the edges alone. */
+template <int keys>
+__device__ __forceinline__ void hide(const int (&low)[2], const int (&high)[2], bool edges, float (&scores)[keys / 2])
+{
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < keys / 2; i++) {
+        if (i / 4 * 8 < edge || i / 4 * 8 + 8 > keys - edge) {
+            const int at = i / 4 * 8 + i % 2 + column, half = i % 4 / 2;
+            scores[i] = at >= low[half] && at < high[half] ? scores[i] : -infinity;
+        }
+    }
+    if (!edges) {
+#pragma unroll
+        for (int i = 0; i < keys / 2; i++) {
+            if (!(i / 4 * 8 < edge || i / 4 * 8 + 8 > keys - edge)) {
+                const int at = i / 4 * 8 + i % 2 + column, half = i % 4 / 2;
+                scores[i] = at >= low[half] && at < high[half] ? scores[i] : -infinity;
+            }
+        }
+    }
+}
+
+/* The largest dot products of this thread's two rows. */
+template <int count> __device__ __forceinline__ void raise(const float *scores, float (&maximum)[2])
+{
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+        maximum[0] = fmaxf(maximum[0], fmaxf(scores[i], scores[i + 1]));
+        maximum[1] = fmaxf(maximum[1], fmaxf(scores[i + 2], scores[i + 3]));
+    }
+}
+
+/* From dot products to weights, summed over this thread's columns. They are done with here, so that their registers are free. */
+template <typename T, int count>
+__device__ __forceinline__ void weigh(float scale, const float (&anchor)[2], const float *scores, uint32_t *weights, float (&sum)[4])
+{
+#pragma unroll
+    for (int i = 0; i < count; i += 2) {
+        const float x = exp2_fast(fmaf(scores[i], scale, -anchor[i / 2 % 2])), y = exp2_fast(fmaf(scores[i + 1], scale, -anchor[i / 2 % 2]));
+        sum[i % 4] += x;
+        sum[i % 4 + 1] += y;
+        weights[i / 2] = T::pack(x, y);
+    }
+#pragma unroll
+    for (int i = 0; i < count / 2; i++) {
+        asm volatile("" : "+r"(weights[i])::"memory");
+    }
+}
+
+/* The ring's groups of eight keys of a tile. */
+struct ring_place {
+    int eighth, eighths; /* first of the tile, and of the ring */
+    __device__ __forceinline__ uint64_t behind(int steps) const
+    {
+        const int at = eighth + steps;
+        return (uint64_t)((at >= eighths ? at - eighths : at) * (1024 / 16));
+    }
+};
+
+template <typename T, int depth, int keys, bool pinned>
+__device__ __forceinline__ void issue_scores(const window_memory<depth> &m, const ring_place &ring, const uint32_t (&queries)[depth / 4],
+                                             float (&scores)[keys / 2], float (&more)[8])
+{
+    const uint64_t held = describe_panels(m.keys, 16, 1024), first = describe_panels(m.pinned_keys, 16, 1024);
+#pragma unroll
+    for (int part = 0; part < keys / 48; part++) {
+        const uint64_t from = held + ring.behind(6 * part);
+#pragma unroll
+        for (int step = 0; step < depth / 16; step++) {
+            score_product<T, 24>(&scores[24 * part], &queries[4 * step], from + step / 4 * (m.panel / 16) + step % 4 * 2, step > 0);
+        }
+    }
+    if constexpr (pinned) {
+#pragma unroll
+        for (int step = 0; step < depth / 16; step++) {
+            score_product<T, 8>(more, &queries[4 * step], first + step / 4 * (bundle * 128 / 16) + step % 4 * 2, step > 0);
+        }
+    }
+    products_commit();
+}
+
+template <typename T, int depth, int keys, bool pinned>
+__device__ __forceinline__ void issue_values(const window_memory<depth> &m, const ring_place &ring, const uint32_t (&weights)[keys / 4],
+                                             const uint32_t (&others)[4], float (&values)[depth / 2])
+{
+    const uint64_t held = describe_panels(m.values, m.panel, 1024), first = describe_panels(m.pinned_values, bundle * 128, 1024);
+#pragma unroll
+    for (int step = 0; step < keys / 16; step++) {
+        value_product<T, depth / 2>(values, &weights[4 * step], held + ring.behind(2 * step), step > 0);
+    }
+    if constexpr (pinned) {
+        value_product<T, depth / 2>(values, others, first, 1);
+    }
+    products_commit();
+}
+
+/* Closes the warp's rows and writes them: through shared memory, so that whole lines leave. */
+template <typename T, int depth>
+__device__ __forceinline__ void write_rows(const sa_cuda_problem &p, const stretch &s, const window_state &state, const spot &t,
+                                           uint32_t memory, const float (&maximum)[2], float (&sum)[2], const float (&values)[depth / 2])
+{
+    const int lane = threadIdx.x % 32;
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = threadIdx.x / 32 % 4 * warp_rows + lane / 4 + 8 * half;
+        const owner of = owner_of(s, t, row);
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+        softmax_end end = {0.0f, -infinity};
+        if (t.row + row < s.real) {
+            end = close(maximum[half] * (p.scale * log2e), sum[half], state.sink[of.head]);
+        }
+        factor[half] = end.factor;
+        float *lse = lse_of(p);
+        if (lse != nullptr && lane % 4 == 0 && t.row + row < s.rows) {
+            const int64_t head = s.at.batch * p.heads_q + s.head * (int)s.group + of.head;
+            lse[head * p.query_length + s.at.query_begin + of.token] = end.lse;
+        }
+    }
+    const bool silent[2] = {factor[0] == 0.0f, factor[1] == 0.0f};
+#pragma unroll
+    for (int n = 0; n < depth / 8; n += 2) {
+        uint32_t tiles[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float x = values[4 * n + 2 * i] * factor[i % 2], y = values[4 * n + 2 * i + 1] * factor[i % 2];
+            tiles[i] = silent[i % 2] ? 0 : T::pack(x, y);
+        }
+        store_matrices(warp_piece<depth>(memory, lane % 16, n + lane / 16), tiles);
+    }
+    __syncwarp();
+    each_piece<depth>(s, t, [&](int row, int all, int token, int head, int piece) {
+        if (all < s.rows && piece * 8 < p.depth_v) {
+            char *to = (char *)element(p.output, s.at.batch, head, s.at.query_begin + token, 2) + piece * 16;
+            store_streaming_16(to, load_shared_16(warp_piece<depth>(memory, row, piece)));
+        }
+    });
+    __syncwarp();
+}
+
+/* What the rows of this thread see, as lines of the tile and pinned keys; true where all but the edges is seen by all rows. */
+template <int keys>
+__device__ __forceinline__ bool look(const sa_cuda_problem &p, const stretch &s, const window_state &state, const spot &t, int (&low)[2],
+                                     int (&high)[2], int (&pinned)[2])
+{
+    const int64_t held = least(p.pinned, s.at.key_count);
+    const int apart = (int)clamp(held - s.origin - t.shift, 0, keys), position = s.behind + 1 - s.first_token - t.shift;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = threadIdx.x / 32 % 4 * warp_rows + threadIdx.x % 32 / 4 + 8 * half;
+        const owner of = owner_of(s, t, row);
+        const bool real = t.row + row < s.real;
+        high[half] = real ? of.token + position : 0;
+        low[half] = high[half] - state.window[of.head];
+        low[half] = low[half] > apart ? low[half] : apart;
+        pinned[half] = real ? (int)clamp(s.at.position + of.token + 1, 0, held) : 0;
+    }
+    const int nearest = t.token + position, farthest = owner_of(s, t, tile_rows - 1).token + position;
+    return t.row + tile_rows <= s.real && nearest >= keys - edge && apart <= edge && p.common_window > 0 &&
+           farthest - (int)least(p.common_window, keys) <= edge;
+}
+
+template <typename T, int depth, int keys, bool pinned>
+__device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const stretch &s, const window_state &state,
+                                              const window_memory<depth> &m, const ring_place &ring, const spot &t,
+                                              const uint32_t (&queries)[depth / 4], uint32_t memory)
+{
+    float scores[keys / 2], more[8], values[depth / 2];
+    uint32_t weights[keys / 4], others[4];
+    int low[2], high[2], held[2];
+    pin(scores);
+    pin(more);
+    products_begin();
+    issue_scores<T, depth, keys, pinned>(m, ring, queries, scores, more);
+    const bool edges = look<keys>(p, s, state, t, low, high, held);
+    products_wait<0>();
+    pin(scores);
+    pin(more);
+    hide<keys>(low, high, edges, scores);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        more[i] = pinned && i / 4 * 8 + i % 2 + (int)threadIdx.x % 4 * 2 < held[i % 4 / 2] ? more[i] : -infinity;
+    }
+    const float scale = p.scale * log2e;
+    float maximum[2] = {-infinity, -infinity}, sum[4] = {}, anchor[2];
+    raise<keys / 2>(scores, maximum);
+    raise<pinned ? 8 : 0>(more, maximum);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        maximum[half] = fmaxf(maximum[half], __shfl_xor_sync(~0u, maximum[half], 1));
+        maximum[half] = fmaxf(maximum[half], __shfl_xor_sync(~0u, maximum[half], 2));
+        anchor[half] = anchor_of(maximum[half]) * scale;
+    }
+    weigh<T, pinned ? 8 : 0>(scale, anchor, more, others, sum);
+#pragma unroll
+    for (int part = 0; part < keys / 48; part++) {
+        weigh<T, 24>(scale, anchor, &scores[24 * part], &weights[12 * part], sum);
+    }
+    pin(values);
+    products_begin();
+    issue_values<T, depth, keys, pinned>(m, ring, weights, others, values);
+    products_wait<0>();
+    pin(values);
+    float total[2] = {sum[0] + sum[1], sum[2] + sum[3]};
+    write_rows<T, depth>(p, s, state, t, memory, maximum, total, values);
+}
+
+__device__ __forceinline__ void release(uint64_t *barrier)
+{
+    if (threadIdx.x % 32 == 0) {
+        barrier_arrive(barrier);
+    }
+}
+
+/* What a warp has of the ring: it waits for all bundles and gives all of them back, in order. */
+struct ring_hold {
+    ring_cursor waited, released;
+    uint32_t begin; /* bundles of the stretches before */
+    __device__ __forceinline__ void wait(window_state &state, int bundles, uint32_t count)
+    {
+        while (waited.count < begin + count) {
+            barrier_wait(&state.full[waited.stage], waited.parity);
+            waited.step(bundles);
+        }
+    }
+    __device__ __forceinline__ void give_back(window_state &state, int bundles, uint32_t count)
+    {
+        __syncwarp();
+        while (released.count < begin + count) {
+            wait(state, bundles, released.count + 1 - begin);
+            release(&state.free[released.stage]);
+            released.step(bundles);
+        }
+    }
+};
+
+template <typename T, int depth, int keys>
+__device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const stretch &s, window_state &state,
+                                                 const window_memory<depth> &m, ring_hold &hold)
+{
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+    constexpr uint32_t own_bytes = warp_rows * depth * 2;
+    uint32_t here = m.queries + warp * 2 * own_bytes, there = here + own_bytes;
+    if (group < s.tiles) {
+        const spot first = spot_of(s, group);
+        fetch_queries<depth>(p, s, first, here);
+        hold.give_back(state, m.bundles, first.shift / bundle);
+    }
+    for (int tile = group; tile < s.tiles; tile += window_groups) {
+        const spot t = spot_of(s, tile);
+        uint32_t queries[depth / 4];
+        copy_async_wait<0>();
+        __syncwarp();
+#pragma unroll
+        for (int step = 0; step < depth / 16; step++) {
+            load_matrices(*(uint32_t(*)[4]) & queries[4 * step], warp_piece<depth>(here, lane % 16, 2 * step + lane / 16));
+        }
+        const bool again = tile + window_groups < s.tiles;
+        spot next = {};
+        if (again) {
+            next = spot_of(s, tile + window_groups);
+            fetch_queries<depth>(p, s, next, there);
+        }
+        hold.wait(state, m.bundles, (t.shift + keys + bundle - 1) / bundle);
+        fence_async();
+        const int eighths = 2 * m.bundles;
+        const ring_place ring = {(int)((2 * hold.begin + t.shift / 8) % (uint32_t)eighths), eighths};
+        if (p.pinned > 0) {
+            multiply_tile<T, depth, keys, true>(p, s, state, m, ring, t, queries, here);
+        } else {
+            multiply_tile<T, depth, keys, false>(p, s, state, m, ring, t, queries, here);
+        }
+        if (again) {
+            hold.give_back(state, m.bundles, next.shift / bundle);
+        }
+        const uint32_t other = here;
+        here = there;
+        there = other;
+    }
+    hold.give_back(state, m.bundles, bundles_of<keys>(s));
+}
+
+template <typename T, int depth, int keys>
+__device__ void multiply_stretches(const sa_cuda_problem &p, window_state &state, const window_memory<depth> &m)
+{
+    ring_hold hold = {};
+    for (uint32_t parity = 0;; parity ^= 1) {
+        barrier_wait(&state.stretch_full, parity);
+        const stretch &s = state.now;
+        if (s.tiles == 0) {
+            break;
+        }
+        multiply_stretch<T, depth, keys>(p, s, state, m, hold);
+        hold.begin += bundles_of<keys>(s);
+        __syncwarp();
+        release(&state.stretch_free);
+    }
+}
+
+template <typename T, int depth, int keys> __device__ __forceinline__ void prefill_window(const sa_cuda_problem &p)
+{
+    extern __shared__ __align__(1024) char memory[];
+    window_state &state = *(window_state *)memory;
+    const window_memory<depth> m = window_memory_of<depth>(p, memory);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < m.bundles; i++) {
+            barrier_init(&state.full[i], copying_threads);
+            barrier_init(&state.free[i], window_warps);
+        }
+        barrier_init(&state.stretch_full, 2 * copying_threads);
+        barrier_init(&state.stretch_free, window_warps);
+        fence_async();
+    }
+    __syncthreads();
+    if (threadIdx.x < copying_threads) {
+        leave_registers<SA_WINDOW_COPYING_REGISTERS>();
+        copy_stretches<depth, keys>(p, state, m);
+    } else {
+        take_registers<SA_WINDOW_REGISTERS>();
+        multiply_stretches<T, depth, keys>(p, state, m);
+    }
+}
+
+#else
+
+template <typename T, int depth, int keys> __device__ void prefill_window(const sa_cuda_problem &)
+{
+    __trap(); /* choose.c sends nothing here */
+}
+
+#endif
+
+} // namespace sa
+
+#define SA_WINDOW(name, depth)                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(SA_WINDOW_THREADS, 1)                                                                     \
+        prefill_window_##name##_##depth(const __grid_constant__ sa_cuda_problem p)                                                         \
+    {                                                                                                                                      \
+        sa::prefill_window<sa::name, depth, SA_WINDOW_KEYS>(p);                                                                            \
+    }
+
+SA_WINDOW(f16, 64)
+SA_WINDOW(f16, 128)
+SA_WINDOW(bf16, 64)
+SA_WINDOW(bf16, 128)
