@@ -261,11 +261,13 @@ static bool suits_hopper(const sa_cuda_problem *p, const sa_cuda_device *device,
 /* Does the kernel of narrow windows serve a call? All that a tile of rows sees has to fit into registers. */
 static bool suits_window(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *o)
 {
-    const bool other = p->cache.keys != NULL || p->sequences > 0 || p->learned > 0 || !p->causal;
+    const bool other = p->cache.keys != NULL || p->learned > 0 || !p->causal;
     const bool fits = o->group <= SA_WINDOW_HEADS && p->pinned <= SA_WINDOW_PINNED && p->common_window > 0 &&
                       p->common_window <= SA_WINDOW_KEYS - SA_WINDOW_SPAN(o->group) + 1 && p->query_length * o->group <= INT32_MAX - 64;
-    return device->wgmma && o->bucket < 2 && is_plain(p) && !other && fits && p->aligned && p->scale > 0.0f &&
-           tensor_in_pieces(&p->query, p->depth, 2) && tensor_in_pieces(&p->output, p->depth_v, 2);
+    const bool biased = !p->sink_bias.given || o->group * p->pinned <= SA_WINDOW_BIASES;
+    return device->wgmma && o->bucket < 2 && !other && fits && biased && p->aligned && p->scale > 0.0f &&
+           tensor_in_pieces(&p->query, p->depth, 2) && tensor_in_pieces(&p->sink_query, p->depth, 2) &&
+           tensor_in_pieces(&p->output, p->depth_v, 2);
 }
 
 static bool plan_window(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)

@@ -148,6 +148,7 @@ enum {
     SA_WINDOW_COPYING_REGISTERS = 56,
     SA_WINDOW_HEADS = 64,   /* of a group, at most */
     SA_WINDOW_PINNED = 16,  /* at most */
+    SA_WINDOW_BIASES = 256, /* of a group, at most */
     SA_MASS_KEYS = 64,
     SA_MASS_ROWS = 16,
     SA_MASS_WARPS = 8,
@@ -172,7 +173,7 @@ enum {
 /* Keys from the first that the first row of a tile may see to the last that the last may, without the window: positions of a tile, and up to
  * seven more where tiles don't begin at multiples of eight. */
 #define SA_WINDOW_SPAN(group) (64 % ((group) * 8) == 0 ? 64 / (group) : (63 + (group) - 1) / (group) + 1 + 7)
-#define SA_WINDOW_STATE_SHARED 2048
+#define SA_WINDOW_STATE_SHARED 3072
 #define SA_WINDOW_BUNDLES(depth) ((depth) == 64 ? 32 : 15) /* of 16 keys, in the ring */
 #define SA_WINDOW_SHARED(depth)                                                                                                            \
     (SA_WINDOW_STATE_SHARED + 2 * (depth) * (2 * 16 * (SA_WINDOW_BUNDLES(depth) + 1) + SA_WINDOW_GROUPS * 64 * 2))

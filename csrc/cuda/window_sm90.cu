@@ -57,8 +57,9 @@ struct window_state {
     uint64_t full[SA_WINDOW_BUNDLES(64)], free[SA_WINDOW_BUNDLES(64)];
     uint64_t stretch_full, stretch_free;
     stretch now;             /* no tiles: the end */
-    float sink[group_limit]; /* log2 units */
+    float sink[group_limit], slope[group_limit]; /* log2 units */
     int window[group_limit];
+    float bias[SA_WINDOW_BIASES]; /* [group, pinned], log2 units */
 };
 static_assert(sizeof(window_state) <= SA_WINDOW_STATE_SHARED, "room for what is known of the heads");
 
@@ -89,26 +90,44 @@ template <int keys> __device__ __forceinline__ int bundles_of(const stretch &s)
     return (spot_of(s, s.tiles - 1).shift + keys + bundle - 1) / bundle;
 }
 
-/* Tiles of all kv heads of all rows are shared out evenly, neighbours together. */
-__device__ __forceinline__ uint32_t first_unit(const sa_cuda_problem &p, uint32_t cta)
+/* What all CTAs share out, evenly, neighbours together: the tiles of a kv head after another. */
+struct share {
+    uint32_t tiles, next, end; /* of a kv head; of this CTA */
+};
+
+/* All lanes of a warp. */
+__device__ __forceinline__ share share_of(const sa_cuda_problem &p)
 {
-    return (uint32_t)((uint64_t)(p.row_tiles * p.heads_kv * p.batch) * cta / gridDim.x);
+    int64_t tiles = p.row_tiles, none;
+    if (p.sequences > 0) {
+        int64_t left = INT64_MAX;
+        find_sequence(p, p.group, tile_rows, left, none);
+        tiles = INT64_MAX - left;
+    }
+    const uint64_t units = (uint64_t)tiles * p.heads_kv * (p.sequences > 0 ? 1 : p.batch);
+    return {(uint32_t)tiles, (uint32_t)(units * blockIdx.x / gridDim.x), (uint32_t)(units * (blockIdx.x + 1) / gridDim.x)};
 }
 
-/* The next stretch of this CTA's share of all tiles, from unit `next` on; without tiles at the end. */
-template <int keys> __device__ __forceinline__ stretch next_stretch(const sa_cuda_problem &p, uint32_t &next)
+/* The next stretch of this CTA; without tiles at the end. All lanes of a warp. */
+template <int keys> __device__ __forceinline__ stretch next_stretch(const sa_cuda_problem &p, share &own)
 {
     stretch s = {};
-    const uint32_t tiles = (uint32_t)p.row_tiles, end = first_unit(p, blockIdx.x + 1);
-    if (next >= end) {
+    if (own.next >= own.end) {
         return s;
     }
-    const uint32_t band = next / tiles, tile = next - band * tiles, left = end - next;
-    s.tiles = (int)(left < tiles - tile ? left : tiles - tile);
-    next += s.tiles;
-    s.at = batch_row(p, band / (uint32_t)p.heads_kv);
-    s.head = (int)(band % (uint32_t)p.heads_kv);
+    const uint32_t band = own.next / own.tiles, heads = (uint32_t)p.heads_kv;
+    int64_t tile = own.next - band * own.tiles, sequence = 0, tiles = own.tiles;
     s.group = (uint32_t)p.group;
+    s.head = (int)(band % heads);
+    if (p.sequences > 0) {
+        find_sequence(p, s.group, tile_rows, tile, sequence);
+        s.at = packed_row(p, sequence);
+        tiles = (s.at.query_total * s.group + tile_rows - 1) / tile_rows;
+    } else {
+        s.at = batch_row(p, band / heads);
+    }
+    s.tiles = (int)least(own.end - own.next, tiles - tile);
+    own.next += s.tiles;
     s.inverse = (65535 + s.group) / s.group;
     s.first_row = (int)tile * tile_rows;
     s.first_token = (int)((uint32_t)s.first_row / s.group);
@@ -175,6 +194,10 @@ __device__ __forceinline__ void begin_stretch(const sa_cuda_problem &p, const st
     if (thread < (int)s.group) {
         state.sink[thread] = sink_of(p, s.head * s.group + thread);
         state.window[thread] = (int)least(window_of(p, s.head * s.group + thread), 1 << 20);
+        state.slope[thread] = p.alibi_slopes.given ? number_at(p.alibi_slopes, s.at.batch, s.head * s.group + thread) * log2e : 0.0f;
+    }
+    for (int i = thread; p.sink_bias.given && i < (int)(s.group * p.pinned); i += copying_threads) {
+        state.bias[i] = number_at(p.sink_bias, s.head * s.group + i / p.pinned, i % p.pinned) * log2e;
     }
     barrier_arrive(&state.stretch_full);
     barrier_arrive_copied(&state.stretch_full);
@@ -184,10 +207,10 @@ template <int depth, int keys> __device__ void copy_stretches(const sa_cuda_prob
 {
     const int thread = threadIdx.x % copying_threads, row = thread / (depth / 8), piece = thread % (depth / 8);
     const uint32_t offset = bundle_offset<depth>(m.panel);
-    uint32_t next = first_unit(p, blockIdx.x);
+    share own = share_of(p);
     ring_cursor at;
     for (uint32_t parity = 1;; parity ^= 1) {
-        const stretch s = next_stretch<keys>(p, next);
+        const stretch s = next_stretch<keys>(p, own);
         barrier_wait(&state.stretch_free, parity);
         begin_stretch<depth>(p, s, state, m);
         if (s.tiles == 0) {
@@ -239,14 +262,25 @@ template <int depth, typename Body> __device__ __forceinline__ void each_piece(c
 }
 
 template <int depth>
-__device__ __forceinline__ void fetch_queries(const sa_cuda_problem &p, const stretch &s, const spot &t, uint32_t memory)
+__device__ __forceinline__ void fetch_queries(const sa_cuda_problem &p, const sa_cuda_tensor &queries, const stretch &s, const spot &t,
+                                              uint32_t memory)
 {
     each_piece<depth>(s, t, [&](int row, int all, int token, int head, int piece) {
         const bool copied = all < s.real && piece * 8 < p.depth;
-        const char *from = element(p.query, s.at.batch, head, s.at.query_begin + (copied ? token : 0), 2) + (copied ? piece * 16 : 0);
+        const char *from = element(queries, s.at.batch, head, s.at.query_begin + (copied ? token : 0), 2) + (copied ? piece * 16 : 0);
         copy_or_clear_16(warp_piece<depth>(memory, row, piece), from, copied);
     });
     copy_async_commit();
+}
+
+template <int depth> __device__ __forceinline__ void take_queries(uint32_t memory, uint32_t (&queries)[depth / 4])
+{
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < depth / 16; step++) {
+        load_matrices(*(uint32_t(*)[4]) & queries[4 * step], warp_piece<depth>(memory, lane % 16, 2 * step + lane / 16));
+    }
+    __syncwarp();
 }
 
 /* Hides what rows do not see. Within a long sequence that is near the edges alone. */
@@ -309,11 +343,11 @@ struct ring_place {
     }
 };
 
-template <typename T, int depth, int keys, bool pinned>
+template <typename T, int depth, int keys>
 __device__ __forceinline__ void issue_scores(const window_memory<depth> &m, const ring_place &ring, const uint32_t (&queries)[depth / 4],
-                                             float (&scores)[keys / 2], float (&more)[8])
+                                             float (&scores)[keys / 2])
 {
-    const uint64_t held = describe_panels(m.keys, 16, 1024), first = describe_panels(m.pinned_keys, 16, 1024);
+    const uint64_t held = describe_panels(m.keys, 16, 1024);
 #pragma unroll
     for (int part = 0; part < keys / 48; part++) {
         const uint64_t from = held + ring.behind(6 * part);
@@ -322,13 +356,16 @@ __device__ __forceinline__ void issue_scores(const window_memory<depth> &m, cons
             score_product<T, 24>(&scores[24 * part], &queries[4 * step], from + step / 4 * (m.panel / 16) + step % 4 * 2, step > 0);
         }
     }
-    if constexpr (pinned) {
+}
+
+template <typename T, int depth>
+__device__ __forceinline__ void issue_pinned(const window_memory<depth> &m, const uint32_t (&queries)[depth / 4], float (&scores)[8])
+{
+    const uint64_t first = describe_panels(m.pinned_keys, 16, 1024);
 #pragma unroll
-        for (int step = 0; step < depth / 16; step++) {
-            score_product<T, 8>(more, &queries[4 * step], first + step / 4 * (bundle * 128 / 16) + step % 4 * 2, step > 0);
-        }
+    for (int step = 0; step < depth / 16; step++) {
+        score_product<T, 8>(scores, &queries[4 * step], first + step / 4 * (bundle * 128 / 16) + step % 4 * 2, step > 0);
     }
-    products_commit();
 }
 
 template <typename T, int depth, int keys, bool pinned>
@@ -361,7 +398,7 @@ __device__ __forceinline__ void write_rows(const sa_cuda_problem &p, const stret
         sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
         softmax_end end = {0.0f, -infinity};
         if (t.row + row < s.real) {
-            end = close(maximum[half] * (p.scale * log2e), sum[half], state.sink[of.head]);
+            end = close(maximum[half], sum[half], state.sink[of.head]);
         }
         factor[half] = end.factor;
         float *lse = lse_of(p);
@@ -413,10 +450,47 @@ __device__ __forceinline__ bool look(const sa_cuda_problem &p, const stretch &s,
            farthest - (int)least(p.common_window, keys) <= edge;
 }
 
-template <typename T, int depth, int keys, bool pinned>
+/* From a dot product to a score in log2 units. */
+__device__ __forceinline__ float cap(const sa_cuda_problem &p, float dot)
+{
+    const float score = dot * p.scale;
+    if (p.softcap > 0.0f) { /* tanh x = 1 - 2 / (e^2x + 1) */
+        const float grown = exp2_fast(score * __fdividef(2.0f * log2e, p.softcap));
+        return p.softcap * log2e * (1.0f - __fdividef(2.0f, grown + 1.0f));
+    }
+    return score * log2e;
+}
+
+/* All that happens to scores beside hiding. `high`: as look() has it. */
+template <int keys>
+__device__ __forceinline__ void decorate(const sa_cuda_problem &p, const stretch &s, const window_state &state, const spot &t,
+                                         const int (&high)[2], float (&scores)[keys / 2], float (&more)[8])
+{
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const owner of = owner_of(s, t, threadIdx.x / 32 % 4 * warp_rows + threadIdx.x % 32 / 4 + 8 * half);
+        const float slope = state.slope[of.head];
+#pragma unroll
+        for (int i = 2 * half; i < keys / 2; i += i % 2 ? 3 : 1) {
+            scores[i] = cap(p, scores[i]) - slope * (float)(high[half] - 1 - (i / 4 * 8 + i % 2 + column));
+        }
+#pragma unroll
+        for (int i = 2 * half; i < 8; i += i % 2 ? 3 : 1) {
+            const int at = i / 4 * 8 + i % 2 + column;
+            const float distance = fabsf((float)(s.at.position + of.token - at));
+            more[i] = cap(p, more[i]) - slope * distance;
+            if (p.sink_bias.given && at < p.pinned) {
+                more[i] += state.bias[of.head * (int)p.pinned + at];
+            }
+        }
+    }
+}
+
+template <typename T, int depth, int keys, bool pinned, bool featured>
 __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const stretch &s, const window_state &state,
                                               const window_memory<depth> &m, const ring_place &ring, const spot &t,
-                                              const uint32_t (&queries)[depth / 4], uint32_t memory)
+                                              uint32_t (&queries)[depth / 4], uint32_t memory)
 {
     float scores[keys / 2], more[8], values[depth / 2];
     uint32_t weights[keys / 4], others[4];
@@ -424,17 +498,32 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
     pin(scores);
     pin(more);
     products_begin();
-    issue_scores<T, depth, keys, pinned>(m, ring, queries, scores, more);
+    issue_scores<T, depth, keys>(m, ring, queries, scores);
+    if (pinned && !featured) {
+        issue_pinned<T, depth>(m, queries, more);
+    }
+    products_commit();
     const bool edges = look<keys>(p, s, state, t, low, high, held);
     products_wait<0>();
     pin(scores);
+    if constexpr (featured) {
+        copy_async_wait<1>(); /* the second query, or the first once more */
+        __syncwarp();
+        take_queries<depth>(memory, queries);
+        products_begin();
+        issue_pinned<T, depth>(m, queries, more);
+        products_commit();
+        products_wait<0>();
+        pin(more);
+        decorate<keys>(p, s, state, t, high, scores, more);
+    }
     pin(more);
     hide<keys>(low, high, edges, scores);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         more[i] = pinned && i / 4 * 8 + i % 2 + (int)threadIdx.x % 4 * 2 < held[i % 4 / 2] ? more[i] : -infinity;
     }
-    const float scale = p.scale * log2e;
+    const float scale = featured ? 1.0f : p.scale * log2e;
     float maximum[2] = {-infinity, -infinity}, sum[4] = {}, anchor[2];
     raise<keys / 2>(scores, maximum);
     raise<pinned ? 8 : 0>(more, maximum);
@@ -455,6 +544,8 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
     products_wait<0>();
     pin(values);
     float total[2] = {sum[0] + sum[1], sum[2] + sum[3]};
+    maximum[0] *= scale;
+    maximum[1] *= scale;
     write_rows<T, depth>(p, s, state, t, memory, maximum, total, values);
 }
 
@@ -491,12 +582,13 @@ template <typename T, int depth, int keys>
 __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const stretch &s, window_state &state,
                                                  const window_memory<depth> &m, ring_hold &hold)
 {
-    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4;
+    const bool featured = p.softcap > 0.0f || p.alibi_slopes.given || p.sink_bias.given || p.sink_query.data != nullptr;
     constexpr uint32_t own_bytes = warp_rows * depth * 2;
     uint32_t here = m.queries + warp * 2 * own_bytes, there = here + own_bytes;
     if (group < s.tiles) {
         const spot first = spot_of(s, group);
-        fetch_queries<depth>(p, s, first, here);
+        fetch_queries<depth>(p, p.query, s, first, here);
         hold.give_back(state, m.bundles, first.shift / bundle);
     }
     for (int tile = group; tile < s.tiles; tile += window_groups) {
@@ -504,24 +596,28 @@ __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const
         uint32_t queries[depth / 4];
         copy_async_wait<0>();
         __syncwarp();
-#pragma unroll
-        for (int step = 0; step < depth / 16; step++) {
-            load_matrices(*(uint32_t(*)[4]) & queries[4 * step], warp_piece<depth>(here, lane % 16, 2 * step + lane / 16));
+        take_queries<depth>(here, queries);
+        if (featured && p.sink_query.data != nullptr) {
+            fetch_queries<depth>(p, p.sink_query, s, t, here);
         }
         const bool again = tile + window_groups < s.tiles;
         spot next = {};
         if (again) {
             next = spot_of(s, tile + window_groups);
-            fetch_queries<depth>(p, s, next, there);
+            fetch_queries<depth>(p, p.query, s, next, there);
+        } else {
+            copy_async_commit();
         }
         hold.wait(state, m.bundles, (t.shift + keys + bundle - 1) / bundle);
         fence_async();
         const int eighths = 2 * m.bundles;
         const ring_place ring = {(int)((2 * hold.begin + t.shift / 8) % (uint32_t)eighths), eighths};
-        if (p.pinned > 0) {
-            multiply_tile<T, depth, keys, true>(p, s, state, m, ring, t, queries, here);
+        if (featured) {
+            multiply_tile<T, depth, keys, true, true>(p, s, state, m, ring, t, queries, here);
+        } else if (p.pinned > 0) {
+            multiply_tile<T, depth, keys, true, false>(p, s, state, m, ring, t, queries, here);
         } else {
-            multiply_tile<T, depth, keys, false>(p, s, state, m, ring, t, queries, here);
+            multiply_tile<T, depth, keys, false, false>(p, s, state, m, ring, t, queries, here);
         }
         if (again) {
             hold.give_back(state, m.bundles, next.shift / bundle);
