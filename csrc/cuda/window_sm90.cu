@@ -9,147 +9,14 @@
  * its 16 rows one tile ahead, and its outputs leave through the same place in lines of 128 bytes. Pinned keys are a small block of their own.
  *
  * H200, bf16: not timed yet. */
-#include "finish.cuh"
-#include "wgmma_window.cuh"
+#include "window.cuh"
 
 namespace sa
 {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int window_groups = SA_WINDOW_GROUPS, window_warps = 4 * window_groups, copying_threads = 128, bundle = 16;
-constexpr int tile_rows = 64, warp_rows = 16, group_limit = SA_WINDOW_HEADS, edge = 24;
-
-/* Where things lie: addresses, and a ring of `bundles` bundles whose first ones are repeated behind its end, so that no product wraps. */
-template <int depth> struct window_memory {
-    static constexpr uint32_t row_bytes = depth * 2, panel = SA_WINDOW_BUNDLES(depth) * bundle * 128, ring_bytes = panel * (depth / 64);
-    uint32_t keys, values, pinned_keys, pinned_values, queries;
-    int bundles, repeated;
-};
-
-template <int depth> __device__ __forceinline__ window_memory<depth> window_memory_of(const sa_cuda_problem &p, char *memory)
-{
-    using layout = window_memory<depth>;
-    layout m;
-    m.keys = shared_address(memory) + SA_WINDOW_STATE_SHARED;
-    m.values = m.keys + layout::ring_bytes;
-    m.pinned_keys = m.values + layout::ring_bytes;
-    m.pinned_values = m.pinned_keys + bundle * layout::row_bytes;
-    m.queries = m.pinned_values + bundle * layout::row_bytes;
-    m.repeated = 64 % p.group == 0 && 64 / p.group % 16 == 0 ? 2 : 3; /* 48 keys from a multiple of 16, or of 8 */
-    m.bundles = SA_WINDOW_BUNDLES(depth) - m.repeated;
-    return m;
-}
-
-/* Consecutive tiles of one kv head of one row. Keys are counted from `origin` on, in lines; tile j works on the `keys` lines from
- * shift_of(j) on, which hold all that it sees. */
-struct stretch {
-    place at;
-    int64_t origin;                /* index of line 0 among the row's keys; may be negative */
-    int head, tiles, first_row, first_token;
-    int rows, real;                /* of the whole row and kv head: all, and those of real queries */
-    int behind;                    /* line of the position of first_token */
-    uint32_t group, inverse;       /* x / group = x * inverse >> 16 for small x */
-};
-
-/* Everything in shared memory but the elements. */
-struct window_state {
-    uint64_t full[SA_WINDOW_BUNDLES(64)], free[SA_WINDOW_BUNDLES(64)];
-    uint64_t stretch_full, stretch_free;
-    stretch now;             /* no tiles: the end */
-    float sink[group_limit], slope[group_limit]; /* log2 units */
-    int window[group_limit];
-    float bias[SA_WINDOW_BIASES]; /* [group, pinned], log2 units */
-};
-static_assert(sizeof(window_state) <= SA_WINDOW_STATE_SHARED, "room for what is known of the heads");
-
-/* A tile: its first row, whose query and head in the group, and its first line. */
-struct spot {
-    int row, token, head, shift;
-};
-
-__device__ __forceinline__ spot spot_of(const stretch &s, int tile)
-{
-    const int row = s.first_row + tile * tile_rows, token = (int)((uint32_t)row / s.group);
-    return {row, token, row - token * (int)s.group, (token - s.first_token) & ~7};
-}
-
-/* Query and head in the group of row `row` of a tile. */
-struct owner {
-    int token, head;
-};
-
-__device__ __forceinline__ owner owner_of(const stretch &s, const spot &t, int row)
-{
-    const uint32_t skipped = (uint32_t)(t.head + row) * s.inverse >> 16;
-    return {t.token + (int)skipped, t.head + row - (int)(skipped * s.group)};
-}
-
-template <int keys> __device__ __forceinline__ int bundles_of(const stretch &s)
-{
-    return (spot_of(s, s.tiles - 1).shift + keys + bundle - 1) / bundle;
-}
-
-/* What all CTAs share out, evenly, neighbours together: the tiles of a kv head after another. */
-struct share {
-    uint32_t tiles, next, end; /* of a kv head; of this CTA */
-};
-
-/* All lanes of a warp. */
-__device__ __forceinline__ share share_of(const sa_cuda_problem &p)
-{
-    int64_t tiles = p.row_tiles, none;
-    if (p.sequences > 0) {
-        int64_t left = INT64_MAX;
-        find_sequence(p, p.group, tile_rows, left, none);
-        tiles = INT64_MAX - left;
-    }
-    const uint64_t units = (uint64_t)tiles * p.heads_kv * (p.sequences > 0 ? 1 : p.batch);
-    return {(uint32_t)tiles, (uint32_t)(units * blockIdx.x / gridDim.x), (uint32_t)(units * (blockIdx.x + 1) / gridDim.x)};
-}
-
-/* The next stretch of this CTA; without tiles at the end. All lanes of a warp. */
-template <int keys> __device__ __forceinline__ stretch next_stretch(const sa_cuda_problem &p, share &own)
-{
-    stretch s = {};
-    if (own.next >= own.end) {
-        return s;
-    }
-    const uint32_t band = own.next / own.tiles, heads = (uint32_t)p.heads_kv;
-    int64_t tile = own.next - band * own.tiles, sequence = 0, tiles = own.tiles;
-    s.group = (uint32_t)p.group;
-    s.head = (int)(band % heads);
-    if (p.sequences > 0) {
-        find_sequence(p, s.group, tile_rows, tile, sequence);
-        s.at = packed_row(p, sequence);
-        tiles = (s.at.query_total * s.group + tile_rows - 1) / tile_rows;
-    } else {
-        s.at = batch_row(p, band / heads);
-    }
-    s.tiles = (int)least(own.end - own.next, tiles - tile);
-    own.next += s.tiles;
-    s.inverse = (65535 + s.group) / s.group;
-    s.first_row = (int)tile * tile_rows;
-    s.first_token = (int)((uint32_t)s.first_row / s.group);
-    s.rows = (int)(s.at.query_total * s.group);
-    s.real = (int)(s.at.query_count * s.group);
-    s.behind = keys - SA_WINDOW_SPAN((int)s.group);
-    s.origin = s.at.position + s.first_token - s.behind;
-    return s;
-}
-
-struct ring_cursor {
-    int stage = 0;
-    uint32_t parity = 0, count = 0;
-    __device__ __forceinline__ void step(int stages)
-    {
-        count++;
-        if (++stage == stages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
+constexpr int edge = 24; /* lines at either end of a tile that not every row sees */
 
 /* --- the warpgroup that copies ----------------------------------------------------------------------------------------------------- */
 
@@ -182,22 +49,20 @@ template <int depth>
 __device__ __forceinline__ void begin_stretch(const sa_cuda_problem &p, const stretch &s, window_state &state, const window_memory<depth> &m)
 {
     const int thread = threadIdx.x % copying_threads, row = thread / (depth / 8), piece = thread % (depth / 8);
-    const int64_t pinned = least(p.pinned, s.at.key_count);
     const uint32_t offset = bundle_offset<depth>(bundle * 128);
-    copy_bundle<depth>(element(p.key, s.at.batch, s.head, s.at.key_begin + row, 2) + piece * 16, p.key.token * 2, row, 0, pinned,
+    copy_bundle<depth>(element(p.key, s.batch, s.head, s.key_begin + row, 2) + piece * 16, p.key.token * 2, row, 0, s.pinned,
                        piece * 8 < p.depth, m.pinned_keys + offset, 0);
-    copy_bundle<depth>(element(p.value, s.at.batch, s.head, s.at.key_begin + row, 2) + piece * 16, p.value.token * 2, row, 0, pinned,
+    copy_bundle<depth>(element(p.value, s.batch, s.head, s.key_begin + row, 2) + piece * 16, p.value.token * 2, row, 0, s.pinned,
                        piece * 8 < p.depth_v, m.pinned_values + offset, 0);
     if (thread == 0) {
         state.now = s;
     }
-    if (thread < (int)s.group) {
-        state.sink[thread] = sink_of(p, s.head * s.group + thread);
-        state.window[thread] = (int)least(window_of(p, s.head * s.group + thread), 1 << 20);
-        state.slope[thread] = p.alibi_slopes.given ? number_at(p.alibi_slopes, s.at.batch, s.head * s.group + thread) * log2e : 0.0f;
+    if (thread < p.group) {
+        state.sink[thread] = sink_of(p, s.head * p.group + thread);
+        state.slope[thread] = p.alibi_slopes.given ? number_at(p.alibi_slopes, s.batch, s.head * p.group + thread) * log2e : 0.0f;
     }
-    for (int i = thread; p.sink_bias.given && i < (int)(s.group * p.pinned); i += copying_threads) {
-        state.bias[i] = number_at(p.sink_bias, s.head * s.group + i / p.pinned, i % p.pinned) * log2e;
+    for (int i = thread; p.sink_bias.given && i < p.group * (int)p.pinned; i += copying_threads) {
+        state.bias[i] = number_at(p.sink_bias, s.head * p.group + i / p.pinned, i % p.pinned) * log2e;
     }
     barrier_arrive(&state.stretch_full);
     barrier_arrive_copied(&state.stretch_full);
@@ -216,18 +81,18 @@ template <int depth, int keys> __device__ void copy_stretches(const sa_cuda_prob
         if (s.tiles == 0) {
             break;
         }
-        const int64_t low = most(0, s.at.position - p.common_window + 1);
+        const int64_t low = most(0, s.position - p.common_window + 1);
         int64_t line = s.origin + row;
-        const char *key = element(p.key, s.at.batch, s.head, s.at.key_begin + line, 2) + piece * 16;
-        const char *value = element(p.value, s.at.batch, s.head, s.at.key_begin + line, 2) + piece * 16;
-        const int count = bundles_of<keys>(s);
+        const char *key = element(p.key, s.batch, s.head, s.key_begin + line, 2) + piece * 16;
+        const char *value = element(p.value, s.batch, s.head, s.key_begin + line, 2) + piece * 16;
+        const int count = bundles_of<keys>(p, s);
         for (int i = 0; i < count; i++) {
             const uint32_t place = offset + at.stage * (bundle * 128);
             const uint32_t again = at.stage < m.repeated ? place + m.bundles * (bundle * 128) : 0;
             barrier_wait(&state.free[at.stage], at.parity ^ 1);
-            copy_bundle<depth>(key, p.key.token * 2, line, low, s.at.key_count, piece * 8 < p.depth, m.keys + place,
+            copy_bundle<depth>(key, p.key.token * 2, line, low, s.key_count, piece * 8 < p.depth, m.keys + place,
                                again ? m.keys + again : 0);
-            copy_bundle<depth>(value, p.value.token * 2, line, low, s.at.key_count, piece * 8 < p.depth_v, m.values + place,
+            copy_bundle<depth>(value, p.value.token * 2, line, low, s.key_count, piece * 8 < p.depth_v, m.values + place,
                                again ? m.values + again : 0);
             barrier_arrive_copied(&state.full[at.stage]);
             at.step(m.bundles);
@@ -242,34 +107,62 @@ template <int depth, int keys> __device__ void copy_stretches(const sa_cuda_prob
 
 /* --- the warpgroups that multiply -------------------------------------------------------------------------------------------------- */
 
+__device__ __forceinline__ int own_row()
+{
+    return threadIdx.x / 32 % 4 * warp_rows + threadIdx.x % 32 / 4;
+}
+
 /* A warp's 16 rows in shared memory: of 16-byte pieces, swizzled. */
 template <int depth> __device__ __forceinline__ uint32_t warp_piece(uint32_t memory, int row, int piece)
 {
     return memory + row * (depth * 2) + ((piece ^ (row & 7)) * 16);
 }
 
-/* The warp's rows of a tile by pieces of 16 bytes: body(row of the warp, row of all, query, head, piece). */
-template <int depth, typename Body> __device__ __forceinline__ void each_piece(const stretch &s, const spot &t, Body body)
+/* The warp's rows of a tile by pieces of 16 bytes: body(row of the warp, piece, address in a tensor whose first row is at `base`). */
+template <int depth, typename Body>
+__device__ __forceinline__ void each_piece(const sa_cuda_problem &p, const sa_cuda_tensor &x, char *base, const stretch &s, const spot &t,
+                                           Body body)
 {
-    constexpr int pieces = depth / 8;
-    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * warp_rows;
+    constexpr int pieces = depth / 8, step = 32 / pieces;
+    const int lane = threadIdx.x % 32, own = lane / pieces, first = threadIdx.x / 32 % 4 * warp_rows + own;
+    const int a_token = (int)x.token * 2, a_head = (int)x.head * 2;
+    base += (int64_t)t.token * a_token + lane % pieces * 16;
+    if (is_even_group(p)) {
+        const int bits = __ffs(p.group) - 1, mask = p.group - 1;
+        base += (int64_t)(first >> bits) * a_token + (int64_t)(first & mask) * a_head;
 #pragma unroll
-    for (int i = 0; i < warp_rows * pieces / 32; i++) {
-        const int row = (i * 32 + lane) / pieces;
-        const owner of = owner_of(s, t, first + row);
-        body(row, t.row + first + row, of.token, s.head * (int)s.group + of.head, lane % pieces);
+        for (int i = 0; i < warp_rows; i += step) { /* the same distance for all lanes */
+            body(i + own, lane % pieces, base + ((int64_t)(i >> bits) * a_token + (int64_t)(i & mask) * a_head));
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < warp_rows; i += step) {
+            const owner of = owner_of(p, s, t, first + i);
+            body(i + own, lane % pieces, base + ((int64_t)(of.token - t.token) * a_token + (int64_t)of.head * a_head));
+        }
     }
 }
 
-template <int depth>
-__device__ __forceinline__ void fetch_queries(const sa_cuda_problem &p, const sa_cuda_tensor &queries, const stretch &s, const spot &t,
-                                              uint32_t memory)
+/* Real rows of this warp in a tile, and all of them. */
+__device__ __forceinline__ int rows_left(const spot &t, int rows)
 {
-    each_piece<depth>(s, t, [&](int row, int all, int token, int head, int piece) {
-        const bool copied = all < s.real && piece * 8 < p.depth;
-        const char *from = element(queries, s.at.batch, head, s.at.query_begin + (copied ? token : 0), 2) + (copied ? piece * 16 : 0);
-        copy_or_clear_16(warp_piece<depth>(memory, row, piece), from, copied);
-    });
+    return rows - t.row - (int)(threadIdx.x / 32 % 4) * warp_rows;
+}
+
+template <int depth>
+__device__ __forceinline__ void fetch_queries(const sa_cuda_problem &p, const sa_cuda_tensor &queries, char *base, const stretch &s,
+                                              const spot &t, uint32_t memory)
+{
+    const int left = rows_left(t, s.real);
+    if (left >= warp_rows && p.depth == depth) {
+        each_piece<depth>(p, queries, base, s, t,
+                          [&](int row, int piece, char *from) { copy_or_clear_16(warp_piece<depth>(memory, row, piece), from, true); });
+    } else {
+        each_piece<depth>(p, queries, base, s, t, [&](int row, int piece, char *from) {
+            const bool copied = row < left && piece * 8 < p.depth;
+            copy_or_clear_16(warp_piece<depth>(memory, row, piece), copied ? from : base, copied);
+        });
+    }
     copy_async_commit();
 }
 
@@ -283,26 +176,28 @@ template <int depth> __device__ __forceinline__ void take_queries(uint32_t memor
     __syncwarp();
 }
 
-/* Hides what rows do not see. Within a long sequence that is near the edges alone. */
+/* Hides what rows do not see: `low` is where a row begins, `high` where it ends. Within a long sequence, rows see all but what is near the
+ * tile's first and last line. */
 template <int keys>
 __device__ __forceinline__ void hide(const int (&low)[2], const int (&high)[2], bool edges, float (&scores)[keys / 2])
 {
     const int column = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < keys / 2; i++) {
-        if (i / 4 * 8 < edge || i / 4 * 8 + 8 > keys - edge) {
-            const int at = i / 4 * 8 + i % 2 + column, half = i % 4 / 2;
-            scores[i] = at >= low[half] && at < high[half] ? scores[i] : -infinity;
-        }
-    }
-    if (!edges) {
+    if (edges) {
 #pragma unroll
         for (int i = 0; i < keys / 2; i++) {
-            if (!(i / 4 * 8 < edge || i / 4 * 8 + 8 > keys - edge)) {
-                const int at = i / 4 * 8 + i % 2 + column, half = i % 4 / 2;
-                scores[i] = at >= low[half] && at < high[half] ? scores[i] : -infinity;
+            const int at = i / 4 * 8 + i % 2 + column, half = i % 4 / 2;
+            if (i / 4 * 8 < edge) {
+                scores[i] = at >= low[half] ? scores[i] : -infinity;
+            } else if (i / 4 * 8 + 8 > keys - edge) {
+                scores[i] = at < high[half] ? scores[i] : -infinity;
             }
         }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < keys / 2; i++) {
+        const int at = i / 4 * 8 + i % 2 + column, half = i % 4 / 2;
+        scores[i] = at >= low[half] && at < high[half] ? scores[i] : -infinity;
     }
 }
 
@@ -329,19 +224,9 @@ __device__ __forceinline__ void weigh(float scale, const float (&anchor)[2], con
     }
 #pragma unroll
     for (int i = 0; i < count / 2; i++) {
-        asm volatile("" : "+r"(weights[i])::"memory");
+        asm volatile("" : "+r"(weights[i]));
     }
 }
-
-/* The ring's groups of eight keys of a tile. */
-struct ring_place {
-    int eighth, eighths; /* first of the tile, and of the ring */
-    __device__ __forceinline__ uint64_t behind(int steps) const
-    {
-        const int at = eighth + steps;
-        return (uint64_t)((at >= eighths ? at - eighths : at) * (1024 / 16));
-    }
-};
 
 template <typename T, int depth, int keys>
 __device__ __forceinline__ void issue_scores(const window_memory<depth> &m, const ring_place &ring, const uint32_t (&queries)[depth / 4],
@@ -386,14 +271,14 @@ __device__ __forceinline__ void issue_values(const window_memory<depth> &m, cons
 /* Closes the warp's rows and writes them: through shared memory, so that whole lines leave. */
 template <typename T, int depth>
 __device__ __forceinline__ void write_rows(const sa_cuda_problem &p, const stretch &s, const window_state &state, const spot &t,
-                                           uint32_t memory, const float (&maximum)[2], float (&sum)[2], const float (&values)[depth / 2])
+                                           uint32_t memory, const float (&maximum)[2], float (&sum)[2], float (&values)[depth / 2])
 {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, left = rows_left(t, s.rows);
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = threadIdx.x / 32 % 4 * warp_rows + lane / 4 + 8 * half;
-        const owner of = owner_of(s, t, row);
+        const int row = own_row() + 8 * half;
+        const owner of = owner_of(p, s, t, row);
         sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
         sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
         softmax_end end = {0.0f, -infinity};
@@ -403,51 +288,55 @@ __device__ __forceinline__ void write_rows(const sa_cuda_problem &p, const stret
         factor[half] = end.factor;
         float *lse = lse_of(p);
         if (lse != nullptr && lane % 4 == 0 && t.row + row < s.rows) {
-            const int64_t head = s.at.batch * p.heads_q + s.head * (int)s.group + of.head;
-            lse[head * p.query_length + s.at.query_begin + of.token] = end.lse;
+            lse[(s.batch * p.heads_q + s.head * p.group + of.head) * p.query_length + s.query_begin + of.token] = end.lse;
         }
     }
-    const bool silent[2] = {factor[0] == 0.0f, factor[1] == 0.0f};
+    if (__any_sync(~0u, factor[0] == 0.0f || factor[1] == 0.0f)) { /* whatever was in values that nobody sees */
+#pragma unroll
+        for (int i = 0; i < depth / 2; i++) {
+            values[i] = factor[i % 4 / 2] == 0.0f ? 0.0f : values[i];
+        }
+    }
 #pragma unroll
     for (int n = 0; n < depth / 8; n += 2) {
         uint32_t tiles[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float x = values[4 * n + 2 * i] * factor[i % 2], y = values[4 * n + 2 * i + 1] * factor[i % 2];
-            tiles[i] = silent[i % 2] ? 0 : T::pack(x, y);
+            tiles[i] = T::pack(values[4 * n + 2 * i] * factor[i % 2], values[4 * n + 2 * i + 1] * factor[i % 2]);
         }
         store_matrices(warp_piece<depth>(memory, lane % 16, n + lane / 16), tiles);
     }
     __syncwarp();
-    each_piece<depth>(s, t, [&](int row, int all, int token, int head, int piece) {
-        if (all < s.rows && piece * 8 < p.depth_v) {
-            char *to = (char *)element(p.output, s.at.batch, head, s.at.query_begin + token, 2) + piece * 16;
+    if (left >= warp_rows && p.depth_v == depth) {
+        each_piece<depth>(p, p.output, s.output, s, t, [&](int row, int piece, char *to) {
             store_streaming_16(to, load_shared_16(warp_piece<depth>(memory, row, piece)));
-        }
-    });
+        });
+    } else {
+        each_piece<depth>(p, p.output, s.output, s, t, [&](int row, int piece, char *to) {
+            if (row < left && piece * 8 < p.depth_v) {
+                store_streaming_16(to, load_shared_16(warp_piece<depth>(memory, row, piece)));
+            }
+        });
+    }
     __syncwarp();
 }
 
 /* What the rows of this thread see, as lines of the tile and pinned keys; true where all but the edges is seen by all rows. */
 template <int keys>
-__device__ __forceinline__ bool look(const sa_cuda_problem &p, const stretch &s, const window_state &state, const spot &t, int (&low)[2],
-                                     int (&high)[2], int (&pinned)[2])
+__device__ __forceinline__ bool look(const sa_cuda_problem &p, const stretch &s, const spot &t, int (&low)[2], int (&high)[2],
+                                     int (&pinned)[2])
 {
-    const int64_t held = least(p.pinned, s.at.key_count);
-    const int apart = (int)clamp(held - s.origin - t.shift, 0, keys), position = s.behind + 1 - s.first_token - t.shift;
+    const int apart = s.apart - t.shift, position = s.behind + 1 - s.first_token - t.shift, window = (int)p.common_window;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = threadIdx.x / 32 % 4 * warp_rows + threadIdx.x % 32 / 4 + 8 * half;
-        const owner of = owner_of(s, t, row);
+        const int row = own_row() + 8 * half, token = owner_of(p, s, t, row).token;
         const bool real = t.row + row < s.real;
-        high[half] = real ? of.token + position : 0;
-        low[half] = high[half] - state.window[of.head];
-        low[half] = low[half] > apart ? low[half] : apart;
-        pinned[half] = real ? (int)clamp(s.at.position + of.token + 1, 0, held) : 0;
+        high[half] = real ? token + position : 0;
+        low[half] = high[half] - window > apart ? high[half] - window : apart;
+        pinned[half] = !real ? 0 : s.sees + token < s.pinned ? s.sees + token : s.pinned;
     }
-    const int nearest = t.token + position, farthest = owner_of(s, t, tile_rows - 1).token + position;
-    return t.row + tile_rows <= s.real && nearest >= keys - edge && apart <= edge && p.common_window > 0 &&
-           farthest - (int)least(p.common_window, keys) <= edge;
+    const int nearest = t.token + position, farthest = owner_of(p, s, t, tile_rows - 1).token + position;
+    return t.row + tile_rows <= s.real && nearest >= keys - edge && apart <= edge && farthest - window <= edge;
 }
 
 /* From a dot product to a score in log2 units. */
@@ -469,7 +358,7 @@ __device__ __forceinline__ void decorate(const sa_cuda_problem &p, const stretch
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const owner of = owner_of(s, t, threadIdx.x / 32 % 4 * warp_rows + threadIdx.x % 32 / 4 + 8 * half);
+        const owner of = owner_of(p, s, t, own_row() + 8 * half);
         const float slope = state.slope[of.head];
 #pragma unroll
         for (int i = 2 * half; i < keys / 2; i += i % 2 ? 3 : 1) {
@@ -478,7 +367,7 @@ __device__ __forceinline__ void decorate(const sa_cuda_problem &p, const stretch
 #pragma unroll
         for (int i = 2 * half; i < 8; i += i % 2 ? 3 : 1) {
             const int at = i / 4 * 8 + i % 2 + column;
-            const float distance = fabsf((float)(s.at.position + of.token - at));
+            const float distance = fabsf((float)(s.position + of.token - at));
             more[i] = cap(p, more[i]) - slope * distance;
             if (p.sink_bias.given && at < p.pinned) {
                 more[i] += state.bias[of.head * (int)p.pinned + at];
@@ -503,7 +392,7 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
         issue_pinned<T, depth>(m, queries, more);
     }
     products_commit();
-    const bool edges = look<keys>(p, s, state, t, low, high, held);
+    const bool edges = look<keys>(p, s, t, low, high, held);
     products_wait<0>();
     pin(scores);
     if constexpr (featured) {
@@ -549,68 +438,35 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
     write_rows<T, depth>(p, s, state, t, memory, maximum, total, values);
 }
 
-__device__ __forceinline__ void release(uint64_t *barrier)
-{
-    if (threadIdx.x % 32 == 0) {
-        barrier_arrive(barrier);
-    }
-}
-
-/* What a warp has of the ring: it waits for all bundles and gives all of them back, in order. */
-struct ring_hold {
-    ring_cursor waited, released;
-    uint32_t begin; /* bundles of the stretches before */
-    __device__ __forceinline__ void wait(window_state &state, int bundles, uint32_t count)
-    {
-        while (waited.count < begin + count) {
-            barrier_wait(&state.full[waited.stage], waited.parity);
-            waited.step(bundles);
-        }
-    }
-    __device__ __forceinline__ void give_back(window_state &state, int bundles, uint32_t count)
-    {
-        __syncwarp();
-        while (released.count < begin + count) {
-            wait(state, bundles, released.count + 1 - begin);
-            release(&state.free[released.stage]);
-            released.step(bundles);
-        }
-    }
-};
-
 template <typename T, int depth, int keys>
 __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const stretch &s, window_state &state,
                                                  const window_memory<depth> &m, ring_hold &hold)
 {
-    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4;
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, eighths = 2 * m.bundles;
     const bool featured = p.softcap > 0.0f || p.alibi_slopes.given || p.sink_bias.given || p.sink_query.data != nullptr;
     constexpr uint32_t own_bytes = warp_rows * depth * 2;
     uint32_t here = m.queries + warp * 2 * own_bytes, there = here + own_bytes;
+    spot t = spot_of(p, s, group);
     if (group < s.tiles) {
-        const spot first = spot_of(s, group);
-        fetch_queries<depth>(p, p.query, s, first, here);
-        hold.give_back(state, m.bundles, first.shift / bundle);
+        fetch_queries<depth>(p, p.query, s.query, s, t, here);
+        hold.give_back(state, m.bundles, t.shift / bundle);
     }
     for (int tile = group; tile < s.tiles; tile += window_groups) {
-        const spot t = spot_of(s, tile);
         uint32_t queries[depth / 4];
         copy_async_wait<0>();
         __syncwarp();
         take_queries<depth>(here, queries);
         if (featured && p.sink_query.data != nullptr) {
-            fetch_queries<depth>(p, p.sink_query, s, t, here);
+            fetch_queries<depth>(p, p.sink_query, s.second, s, t, here);
         }
-        const bool again = tile + window_groups < s.tiles;
-        spot next = {};
-        if (again) {
-            next = spot_of(s, tile + window_groups);
-            fetch_queries<depth>(p, p.query, s, next, there);
+        const spot next = spot_of(p, s, tile + window_groups);
+        if (tile + window_groups < s.tiles) {
+            fetch_queries<depth>(p, p.query, s.query, s, next, there);
         } else {
             copy_async_commit();
         }
         hold.wait(state, m.bundles, (t.shift + keys + bundle - 1) / bundle);
         fence_async();
-        const int eighths = 2 * m.bundles;
         const ring_place ring = {(int)((2 * hold.begin + t.shift / 8) % (uint32_t)eighths), eighths};
         if (featured) {
             multiply_tile<T, depth, keys, true, true>(p, s, state, m, ring, t, queries, here);
@@ -619,14 +475,15 @@ __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const
         } else {
             multiply_tile<T, depth, keys, false, false>(p, s, state, m, ring, t, queries, here);
         }
-        if (again) {
+        if (tile + window_groups < s.tiles) {
             hold.give_back(state, m.bundles, next.shift / bundle);
         }
+        t = next;
         const uint32_t other = here;
         here = there;
         there = other;
     }
-    hold.give_back(state, m.bundles, bundles_of<keys>(s));
+    hold.give_back(state, m.bundles, bundles_of<keys>(p, s));
 }
 
 template <typename T, int depth, int keys>
@@ -640,7 +497,7 @@ __device__ void multiply_stretches(const sa_cuda_problem &p, window_state &state
             break;
         }
         multiply_stretch<T, depth, keys>(p, s, state, m, hold);
-        hold.begin += bundles_of<keys>(s);
+        hold.begin += bundles_of<keys>(p, s);
         __syncwarp();
         release(&state.stretch_free);
     }
