@@ -185,6 +185,7 @@ struct ring_hold {
     uint32_t begin; /* bundles of the stretches before */
     __device__ __forceinline__ void wait(window_state &state, int bundles, uint32_t count)
     {
+#pragma unroll 1
         while (waited.count < begin + count) {
             barrier_wait(&state.full[waited.stage], waited.parity);
             waited.step(bundles);
@@ -193,6 +194,7 @@ struct ring_hold {
     __device__ __forceinline__ void give_back(window_state &state, int bundles, uint32_t count)
     {
         __syncwarp();
+#pragma unroll 1
         while (released.count < begin + count) {
             wait(state, bundles, released.count + 1 - begin);
             release(&state.free[released.stage]);
@@ -201,15 +203,28 @@ struct ring_hold {
     }
 };
 
-/* The ring's groups of eight keys of a tile. */
+/* The ring's groups of eight keys of a tile. A product finds what it needs in registers that a warp has in common, so that `eighth` is
+ * handed around. */
 struct ring_place {
     int eighth, eighths; /* first of the tile, and of the ring */
-    __device__ __forceinline__ uint64_t behind(int steps) const
+    __device__ __forceinline__ uint32_t behind(int steps) const
     {
         const int at = eighth + steps;
-        return (uint64_t)((at >= eighths ? at - eighths : at) * (1024 / 16));
+        return (uint32_t)((at >= eighths ? at - eighths : at) * (1024 / 16));
     }
 };
+
+__device__ __forceinline__ ring_place ring_place_of(const ring_hold &hold, const spot &t, int bundles)
+{
+    const uint32_t eighths = 2 * bundles;
+    return {__shfl_sync(~0u, (int)((2 * hold.begin + t.shift / 8) % eighths), 0), (int)eighths};
+}
+
+/* A description `distance` 16-byte units further on. The upper half never changes. */
+__device__ __forceinline__ uint64_t further(uint64_t description, uint32_t distance)
+{
+    return (description & 0xffffffff00000000u) | ((uint32_t)description + distance);
+}
 
 } // namespace sa
 

@@ -112,33 +112,44 @@ __device__ __forceinline__ int own_row()
     return threadIdx.x / 32 % 4 * warp_rows + threadIdx.x % 32 / 4;
 }
 
-/* A warp's 16 rows in shared memory: of 16-byte pieces, swizzled. */
-template <int depth> __device__ __forceinline__ uint32_t warp_piece(uint32_t memory, int row, int piece)
+/* A warp's 16 rows in shared memory: of 16-byte pieces, swizzled. A lane of matrices has row lane % 16 and the first or second of two
+ * pieces; `pair` goes on from there. */
+template <int depth> __device__ __forceinline__ uint32_t matrix_lane(uint32_t memory)
 {
-    return memory + row * (depth * 2) + ((piece ^ (row & 7)) * 16);
+    const int lane = threadIdx.x % 32;
+    return memory + lane % 16 * (depth * 2) + ((lane / 16 ^ lane % 8) * 16);
 }
 
-/* The warp's rows of a tile by pieces of 16 bytes: body(row of the warp, piece, address in a tensor whose first row is at `base`). */
+__device__ __forceinline__ uint32_t matrix_at(uint32_t lane, int pair)
+{
+    return lane ^ pair * 32;
+}
+
+/* The warp's rows of a tile by pieces of 16 bytes: body(row of the warp, piece, address in shared memory, address in a tensor whose first
+ * row is at `base`). */
 template <int depth, typename Body>
 __device__ __forceinline__ void each_piece(const sa_cuda_problem &p, const sa_cuda_tensor &x, char *base, const stretch &s, const spot &t,
-                                           Body body)
+                                           uint32_t memory, Body body)
 {
     constexpr int pieces = depth / 8, step = 32 / pieces;
-    const int lane = threadIdx.x % 32, own = lane / pieces, first = threadIdx.x / 32 % 4 * warp_rows + own;
+    const int lane = threadIdx.x % 32, own = lane / pieces, piece = lane % pieces, first = threadIdx.x / 32 % 4 * warp_rows + own;
     const int a_token = (int)x.token * 2, a_head = (int)x.head * 2;
-    base += (int64_t)t.token * a_token + lane % pieces * 16;
-    if (is_even_group(p)) {
-        const int bits = __ffs(p.group) - 1, mask = p.group - 1;
-        base += (int64_t)(first >> bits) * a_token + (int64_t)(first & mask) * a_head;
+    const uint32_t start = memory + own * (depth * 2) + ((piece ^ own) * 16);
+    if (is_even_group(p)) { /* the same steps for all lanes */
+        const owner of = owner_of(p, s, t, first);
+        const int further = p.group <= step ? step / p.group * a_token : a_token - (p.group - step) * a_head;
+        base += (int64_t)of.token * a_token + (int64_t)of.head * a_head + piece * 16;
 #pragma unroll
-        for (int i = 0; i < warp_rows; i += step) { /* the same distance for all lanes */
-            body(i + own, lane % pieces, base + ((int64_t)(i >> bits) * a_token + (int64_t)(i & mask) * a_head));
+        for (int i = 0; i < warp_rows; i += step) {
+            body(i + own, piece, (start ^ (i & 7) * 16) + i * (depth * 2), base);
+            base += ((i + step) & (p.group - 1)) == 0 ? further : step * a_head;
         }
     } else {
 #pragma unroll
         for (int i = 0; i < warp_rows; i += step) {
             const owner of = owner_of(p, s, t, first + i);
-            body(i + own, lane % pieces, base + ((int64_t)(of.token - t.token) * a_token + (int64_t)of.head * a_head));
+            body(i + own, piece, (start ^ (i & 7) * 16) + i * (depth * 2),
+                 base + (int64_t)of.token * a_token + (int64_t)of.head * a_head + piece * 16);
         }
     }
 }
@@ -155,12 +166,12 @@ __device__ __forceinline__ void fetch_queries(const sa_cuda_problem &p, const sa
 {
     const int left = rows_left(t, s.real);
     if (left >= warp_rows && p.depth == depth) {
-        each_piece<depth>(p, queries, base, s, t,
-                          [&](int row, int piece, char *from) { copy_or_clear_16(warp_piece<depth>(memory, row, piece), from, true); });
+        each_piece<depth>(p, queries, base, s, t, memory,
+                          [&](int, int, uint32_t target, char *from) { copy_or_clear_16(target, from, true); });
     } else {
-        each_piece<depth>(p, queries, base, s, t, [&](int row, int piece, char *from) {
+        each_piece<depth>(p, queries, base, s, t, memory, [&](int row, int piece, uint32_t target, char *from) {
             const bool copied = row < left && piece * 8 < p.depth;
-            copy_or_clear_16(warp_piece<depth>(memory, row, piece), copied ? from : base, copied);
+            copy_or_clear_16(target, copied ? from : base, copied);
         });
     }
     copy_async_commit();
@@ -168,10 +179,10 @@ __device__ __forceinline__ void fetch_queries(const sa_cuda_problem &p, const sa
 
 template <int depth> __device__ __forceinline__ void take_queries(uint32_t memory, uint32_t (&queries)[depth / 4])
 {
-    const int lane = threadIdx.x % 32;
+    const uint32_t lane = matrix_lane<depth>(memory);
 #pragma unroll
     for (int step = 0; step < depth / 16; step++) {
-        load_matrices(*(uint32_t(*)[4]) & queries[4 * step], warp_piece<depth>(memory, lane % 16, 2 * step + lane / 16));
+        load_matrices(*(uint32_t(*)[4]) & queries[4 * step], matrix_at(lane, step));
     }
     __syncwarp();
 }
@@ -235,10 +246,10 @@ __device__ __forceinline__ void issue_scores(const window_memory<depth> &m, cons
     const uint64_t held = describe_panels(m.keys, 16, 1024);
 #pragma unroll
     for (int part = 0; part < keys / 48; part++) {
-        const uint64_t from = held + ring.behind(6 * part);
+        const uint64_t from = further(held, ring.behind(6 * part));
 #pragma unroll
         for (int step = 0; step < depth / 16; step++) {
-            score_product<T, 24>(&scores[24 * part], &queries[4 * step], from + step / 4 * (m.panel / 16) + step % 4 * 2, step > 0);
+            score_product<T, 24>(&scores[24 * part], &queries[4 * step], further(from, step / 4 * (m.panel / 16) + step % 4 * 2), step > 0);
         }
     }
 }
@@ -249,7 +260,7 @@ __device__ __forceinline__ void issue_pinned(const window_memory<depth> &m, cons
     const uint64_t first = describe_panels(m.pinned_keys, 16, 1024);
 #pragma unroll
     for (int step = 0; step < depth / 16; step++) {
-        score_product<T, 8>(scores, &queries[4 * step], first + step / 4 * (bundle * 128 / 16) + step % 4 * 2, step > 0);
+        score_product<T, 8>(scores, &queries[4 * step], further(first, step / 4 * (bundle * 128 / 16) + step % 4 * 2), step > 0);
     }
 }
 
@@ -260,7 +271,7 @@ __device__ __forceinline__ void issue_values(const window_memory<depth> &m, cons
     const uint64_t held = describe_panels(m.values, m.panel, 1024), first = describe_panels(m.pinned_values, bundle * 128, 1024);
 #pragma unroll
     for (int step = 0; step < keys / 16; step++) {
-        value_product<T, depth / 2>(values, &weights[4 * step], held + ring.behind(2 * step), step > 0);
+        value_product<T, depth / 2>(values, &weights[4 * step], further(held, ring.behind(2 * step)), step > 0);
     }
     if constexpr (pinned) {
         value_product<T, depth / 2>(values, others, first, 1);
@@ -297,6 +308,7 @@ __device__ __forceinline__ void write_rows(const sa_cuda_problem &p, const stret
             values[i] = factor[i % 4 / 2] == 0.0f ? 0.0f : values[i];
         }
     }
+    const uint32_t matrix = matrix_lane<depth>(memory);
 #pragma unroll
     for (int n = 0; n < depth / 8; n += 2) {
         uint32_t tiles[4];
@@ -304,17 +316,16 @@ __device__ __forceinline__ void write_rows(const sa_cuda_problem &p, const stret
         for (int i = 0; i < 4; i++) {
             tiles[i] = T::pack(values[4 * n + 2 * i] * factor[i % 2], values[4 * n + 2 * i + 1] * factor[i % 2]);
         }
-        store_matrices(warp_piece<depth>(memory, lane % 16, n + lane / 16), tiles);
+        store_matrices(matrix_at(matrix, n / 2), tiles);
     }
     __syncwarp();
     if (left >= warp_rows && p.depth_v == depth) {
-        each_piece<depth>(p, p.output, s.output, s, t, [&](int row, int piece, char *to) {
-            store_streaming_16(to, load_shared_16(warp_piece<depth>(memory, row, piece)));
-        });
+        each_piece<depth>(p, p.output, s.output, s, t, memory,
+                          [&](int, int, uint32_t from, char *to) { store_streaming_16(to, load_shared_16(from)); });
     } else {
-        each_piece<depth>(p, p.output, s.output, s, t, [&](int row, int piece, char *to) {
+        each_piece<depth>(p, p.output, s.output, s, t, memory, [&](int row, int piece, uint32_t from, char *to) {
             if (row < left && piece * 8 < p.depth_v) {
-                store_streaming_16(to, load_shared_16(warp_piece<depth>(memory, row, piece)));
+                store_streaming_16(to, load_shared_16(from));
             }
         });
     }
@@ -442,7 +453,7 @@ template <typename T, int depth, int keys>
 __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const stretch &s, window_state &state,
                                                  const window_memory<depth> &m, ring_hold &hold)
 {
-    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, eighths = 2 * m.bundles;
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4;
     const bool featured = p.softcap > 0.0f || p.alibi_slopes.given || p.sink_bias.given || p.sink_query.data != nullptr;
     constexpr uint32_t own_bytes = warp_rows * depth * 2;
     uint32_t here = m.queries + warp * 2 * own_bytes, there = here + own_bytes;
@@ -467,7 +478,7 @@ __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const
         }
         hold.wait(state, m.bundles, (t.shift + keys + bundle - 1) / bundle);
         fence_async();
-        const ring_place ring = {(int)((2 * hold.begin + t.shift / 8) % (uint32_t)eighths), eighths};
+        const ring_place ring = ring_place_of(hold, t, m.bundles);
         if (featured) {
             multiply_tile<T, depth, keys, true, true>(p, s, state, m, ring, t, queries, here);
         } else if (p.pinned > 0) {
