@@ -10,8 +10,8 @@ enum {
     DECODE,
     PREFILL = DECODE + 6,
     HOPPER = PREFILL + 6, /* depth 64 and 128 */
-    WINDOW = HOPPER + 4,   /* the same */
-    ATTEND_F32 = WINDOW + 4,
+    WINDOW = HOPPER + 4,   /* depth 64 and 128, each with fewer keys and with more */
+    ATTEND_F32 = WINDOW + 8,
     ROTATE = ATTEND_F32 + 3,
     COMMIT,
     MASS,
@@ -40,10 +40,14 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"prefill_hopper_f16_128", "prefill_sm90"},
     {"prefill_hopper_bf16_64", "prefill_sm90"},
     {"prefill_hopper_bf16_128", "prefill_sm90"},
-    {"prefill_window_f16_64", "window_sm90"},
-    {"prefill_window_f16_128", "window_sm90"},
-    {"prefill_window_bf16_64", "window_sm90"},
-    {"prefill_window_bf16_128", "window_sm90"},
+    {"prefill_window_f16_64_136", "window_sm90"},
+    {"prefill_window_f16_64_144", "window_sm90"},
+    {"prefill_window_f16_128_136", "window_sm90"},
+    {"prefill_window_f16_128_144", "window_sm90"},
+    {"prefill_window_bf16_64_136", "window_sm90"},
+    {"prefill_window_bf16_64_144", "window_sm90"},
+    {"prefill_window_bf16_128_136", "window_sm90"},
+    {"prefill_window_bf16_128_144", "window_sm90"},
     {"attend_f32_64", "attend_f32"},
     {"attend_f32_128", "attend_f32"},
     {"attend_f32_256", "attend_f32"},
@@ -273,10 +277,12 @@ static bool suits_window(const sa_cuda_problem *p, const sa_cuda_device *device,
 static bool plan_window(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
 {
     const int64_t units = units_of(p, o, 64);
+    const int more = p->common_window > SA_WINDOW_FEWER_KEYS - SA_WINDOW_SPAN(o->group) + 1;
+    const int kernel = WINDOW + (p->dtype == SA_CUDA_BF16 ? 4 : 0) + 2 * o->bucket + more;
     p->splits = 1;
     p->row_tiles = tiles_of(p, o, 64);
-    return units <= INT32_MAX && push(plan, WINDOW + (p->dtype == SA_CUDA_BF16 ? 2 : 0) + o->bucket, min_i64(units, device->multiprocessors),
-                                      SA_WINDOW_THREADS, 1, SA_WINDOW_SHARED(o->depth));
+    return units <= INT32_MAX &&
+           push(plan, kernel, min_i64(units, device->multiprocessors), SA_WINDOW_THREADS, 1, SA_WINDOW_SHARED(o->depth));
 }
 
 static bool plan_prefill(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)

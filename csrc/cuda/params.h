@@ -141,7 +141,8 @@ enum {
     SA_HOPPER_KEYS = 128,
     SA_HOPPER_STAGES = 2,
     SA_HOPPER_THREADS = 384, /* a warpgroup copies, two multiply */
-    SA_WINDOW_KEYS = 144,   /* of a tile of 64 rows, the pinned ones apart */
+    SA_WINDOW_KEYS = 144,   /* of a tile of 64 rows, the pinned ones apart, or 136 where that is enough */
+    SA_WINDOW_FEWER_KEYS = 136,
     SA_WINDOW_GROUPS = 3,   /* warpgroups that multiply */
     SA_WINDOW_THREADS = 128 * (1 + SA_WINDOW_GROUPS),
     SA_WINDOW_REGISTERS = 152,

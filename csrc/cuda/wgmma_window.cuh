@@ -33,6 +33,9 @@ __device__ __forceinline__ void store_streaming_16(void *target, uint4 x)
 #define SA_D24                                                                                                                             \
     SA_D8 ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
 
+#define SA_D20 SA_D8 ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
+#define SA_R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+
 /* D (+)= A B, A from registers; B from shared memory along k (turned 0) or along n (1). `joined` 0 forgets what D held. */
 #define SA_PRODUCT_TURNED(columns, type, list, p, q, r, s, x, z, turned, ...)                                                              \
     asm volatile("{ .reg .pred joined; setp.ne.b32 joined, %" z ", 0;\n"                                                                  \
@@ -53,8 +56,10 @@ template <typename T, int count> __device__ __forceinline__ void score_product(f
 {
     if constexpr (count == 8) {
         SA_PRODUCTS_TURNED("16", SA_D8, "8", "9", "10", "11", "12", "13", "0", SA_R8(d, 0));
+    } else if constexpr (count == 20) {
+        SA_PRODUCTS_TURNED("40", SA_D20, "20", "21", "22", "23", "24", "25", "0", SA_R8(d, 0), SA_R8(d, 8), SA_R4(d, 16));
     } else {
-        static_assert(count == 24, "16 or 48 keys");
+        static_assert(count == 24, "16, 40 or 48 keys");
         SA_PRODUCTS_TURNED("48", SA_D24, "24", "25", "26", "27", "28", "29", "0", SA_R8(d, 0), SA_R8(d, 8), SA_R8(d, 16));
     }
 }

@@ -70,9 +70,18 @@ __device__ __forceinline__ owner owner_of(const sa_cuda_problem &p, const stretc
     return {t.token + skipped, t.head + row - skipped * p.group};
 }
 
+/* A product with values takes 16 keys: the last ones of a tile may be nobody's, with weight 0. */
+template <int keys> constexpr int lines = (keys + 15) / 16 * 16;
+
+/* Bundles of the stretch that a tile needs, with all before it. */
+template <int keys> __device__ __forceinline__ int bundles_until(const spot &t)
+{
+    return (t.shift + lines<keys> + bundle - 1) / bundle;
+}
+
 template <int keys> __device__ __forceinline__ int bundles_of(const sa_cuda_problem &p, const stretch &s)
 {
-    return (spot_of(p, s, s.tiles - 1).shift + keys + bundle - 1) / bundle;
+    return bundles_until<keys>(spot_of(p, s, s.tiles - 1));
 }
 
 /* --- who does what ----------------------------------------------------------------------------------------------------------------- */
@@ -183,6 +192,7 @@ __device__ __forceinline__ void release(uint64_t *barrier)
 struct ring_hold {
     ring_cursor waited, released;
     uint32_t begin; /* bundles of the stretches before */
+    int eighth;     /* of the ring, where the tile begins */
     __device__ __forceinline__ void wait(window_state &state, int bundles, uint32_t count)
     {
 #pragma unroll 1
@@ -190,6 +200,12 @@ struct ring_hold {
             barrier_wait(&state.full[waited.stage], waited.parity);
             waited.step(bundles);
         }
+    }
+    /* The tile begins `eighths` later than the one before: not so much later that the ring came round twice. */
+    __device__ __forceinline__ void go_on(int bundles, int eighths)
+    {
+        eighth += eighths;
+        eighth -= eighth >= 2 * bundles ? 2 * bundles : 0;
     }
     __device__ __forceinline__ void give_back(window_state &state, int bundles, uint32_t count)
     {
@@ -214,10 +230,9 @@ struct ring_place {
     }
 };
 
-__device__ __forceinline__ ring_place ring_place_of(const ring_hold &hold, const spot &t, int bundles)
+__device__ __forceinline__ ring_place ring_place_of(const ring_hold &hold, int bundles)
 {
-    const uint32_t eighths = 2 * bundles;
-    return {__shfl_sync(~0u, (int)((2 * hold.begin + t.shift / 8) % eighths), 0), (int)eighths};
+    return {__shfl_sync(~0u, hold.eighth, 0), 2 * bundles};
 }
 
 /* A description `distance` 16-byte units further on. The upper half never changes. */

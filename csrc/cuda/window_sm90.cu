@@ -16,7 +16,11 @@ namespace sa
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int edge = 24; /* lines at either end of a tile that not every row sees */
+/* Products with keys take 48 of them, and then what is left; a thread has half as many scores. */
+template <int keys> constexpr int last_part = (keys % 48 == 0 ? 48 : keys % 48) / 2;
+
+/* Lines at either end of a tile that not every row sees, where the window fits the tile well. */
+template <int keys> constexpr int edge = keys % 16 == 8 ? 8 : 16;
 
 /* --- the warpgroup that copies ----------------------------------------------------------------------------------------------------- */
 
@@ -197,9 +201,9 @@ __device__ __forceinline__ void hide(const int (&low)[2], const int (&high)[2], 
 #pragma unroll
         for (int i = 0; i < keys / 2; i++) {
             const int at = i / 4 * 8 + i % 2 + column, half = i % 4 / 2;
-            if (i / 4 * 8 < edge) {
+            if (i / 4 * 8 < edge<keys>) {
                 scores[i] = at >= low[half] ? scores[i] : -infinity;
-            } else if (i / 4 * 8 + 8 > keys - edge) {
+            } else if (i / 4 * 8 + 8 > keys - edge<keys>) {
                 scores[i] = at < high[half] ? scores[i] : -infinity;
             }
         }
@@ -245,11 +249,16 @@ __device__ __forceinline__ void issue_scores(const window_memory<depth> &m, cons
 {
     const uint64_t held = describe_panels(m.keys, 16, 1024);
 #pragma unroll
-    for (int part = 0; part < keys / 48; part++) {
-        const uint64_t from = further(held, ring.behind(6 * part));
+    for (int part = 0; part < keys; part += 48) {
+        const uint64_t from = further(held, ring.behind(part / 8));
 #pragma unroll
         for (int step = 0; step < depth / 16; step++) {
-            score_product<T, 24>(&scores[24 * part], &queries[4 * step], further(from, step / 4 * (m.panel / 16) + step % 4 * 2), step > 0);
+            const uint64_t at = further(from, step / 4 * (m.panel / 16) + step % 4 * 2);
+            if (keys - part >= 48) {
+                score_product<T, 24>(&scores[part / 2], &queries[4 * step], at, step > 0);
+            } else {
+                score_product<T, last_part<keys>>(&scores[part / 2], &queries[4 * step], at, step > 0);
+            }
         }
     }
 }
@@ -265,12 +274,12 @@ __device__ __forceinline__ void issue_pinned(const window_memory<depth> &m, cons
 }
 
 template <typename T, int depth, int keys, bool pinned>
-__device__ __forceinline__ void issue_values(const window_memory<depth> &m, const ring_place &ring, const uint32_t (&weights)[keys / 4],
+__device__ __forceinline__ void issue_values(const window_memory<depth> &m, const ring_place &ring, const uint32_t (&weights)[lines<keys> / 4],
                                              const uint32_t (&others)[4], float (&values)[depth / 2])
 {
     const uint64_t held = describe_panels(m.values, m.panel, 1024), first = describe_panels(m.pinned_values, bundle * 128, 1024);
 #pragma unroll
-    for (int step = 0; step < keys / 16; step++) {
+    for (int step = 0; step < lines<keys> / 16; step++) {
         value_product<T, depth / 2>(values, &weights[4 * step], further(held, ring.behind(2 * step)), step > 0);
     }
     if constexpr (pinned) {
@@ -347,7 +356,7 @@ __device__ __forceinline__ bool look(const sa_cuda_problem &p, const stretch &s,
         pinned[half] = !real ? 0 : s.sees + token < s.pinned ? s.sees + token : s.pinned;
     }
     const int nearest = t.token + position, farthest = owner_of(p, s, t, tile_rows - 1).token + position;
-    return t.row + tile_rows <= s.real && nearest >= keys - edge && apart <= edge && farthest - window <= edge;
+    return t.row + tile_rows <= s.real && nearest >= keys - edge<keys> && apart <= edge<keys> && farthest - window <= edge<keys>;
 }
 
 /* From a dot product to a score in log2 units. */
@@ -393,7 +402,7 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
                                               uint32_t (&queries)[depth / 4], uint32_t memory)
 {
     float scores[keys / 2], more[8], values[depth / 2];
-    uint32_t weights[keys / 4], others[4];
+    uint32_t weights[lines<keys> / 4] = {}, others[4];
     int low[2], high[2], held[2];
     pin(scores);
     pin(more);
@@ -435,8 +444,12 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
     }
     weigh<T, pinned ? 8 : 0>(scale, anchor, more, others, sum);
 #pragma unroll
-    for (int part = 0; part < keys / 48; part++) {
-        weigh<T, 24>(scale, anchor, &scores[24 * part], &weights[12 * part], sum);
+    for (int part = 0; part < keys; part += 48) {
+        if (keys - part >= 48) {
+            weigh<T, 24>(scale, anchor, &scores[part / 2], &weights[part / 4], sum);
+        } else {
+            weigh<T, last_part<keys>>(scale, anchor, &scores[part / 2], &weights[part / 4], sum);
+        }
     }
     pin(values);
     products_begin();
@@ -458,6 +471,7 @@ __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const
     constexpr uint32_t own_bytes = warp_rows * depth * 2;
     uint32_t here = m.queries + warp * 2 * own_bytes, there = here + own_bytes;
     spot t = spot_of(p, s, group);
+    hold.eighth = (int)((2 * hold.begin + t.shift / 8) % (2 * m.bundles));
     if (group < s.tiles) {
         fetch_queries<depth>(p, p.query, s.query, s, t, here);
         hold.give_back(state, m.bundles, t.shift / bundle);
@@ -476,9 +490,9 @@ __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const
         } else {
             copy_async_commit();
         }
-        hold.wait(state, m.bundles, (t.shift + keys + bundle - 1) / bundle);
+        hold.wait(state, m.bundles, bundles_until<keys>(t));
         fence_async();
-        const ring_place ring = ring_place_of(hold, t, m.bundles);
+        const ring_place ring = ring_place_of(hold, m.bundles);
         if (featured) {
             multiply_tile<T, depth, keys, true, true>(p, s, state, m, ring, t, queries, here);
         } else if (p.pinned > 0) {
@@ -489,6 +503,7 @@ __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const
         if (tile + window_groups < s.tiles) {
             hold.give_back(state, m.bundles, next.shift / bundle);
         }
+        hold.go_on(m.bundles, (next.shift - t.shift) / 8);
         t = next;
         const uint32_t other = here;
         here = there;
@@ -549,14 +564,18 @@ template <typename T, int depth, int keys> __device__ void prefill_window(const 
 
 } // namespace sa
 
-#define SA_WINDOW(name, depth)                                                                                                             \
+#define SA_WINDOW(name, depth, keys)                                                                                                       \
     extern "C" __global__ void __launch_bounds__(SA_WINDOW_THREADS, 1)                                                                     \
-        prefill_window_##name##_##depth(const __grid_constant__ sa_cuda_problem p)                                                         \
+        prefill_window_##name##_##depth##_##keys(const __grid_constant__ sa_cuda_problem p)                                                \
     {                                                                                                                                      \
-        sa::prefill_window<sa::name, depth, SA_WINDOW_KEYS>(p);                                                                            \
+        sa::prefill_window<sa::name, depth, keys>(p);                                                                                      \
     }
 
-SA_WINDOW(f16, 64)
-SA_WINDOW(f16, 128)
-SA_WINDOW(bf16, 64)
-SA_WINDOW(bf16, 128)
+SA_WINDOW(f16, 64, 136)
+SA_WINDOW(f16, 64, 144)
+SA_WINDOW(f16, 128, 136)
+SA_WINDOW(f16, 128, 144)
+SA_WINDOW(bf16, 64, 136)
+SA_WINDOW(bf16, 64, 144)
+SA_WINDOW(bf16, 128, 136)
+SA_WINDOW(bf16, 128, 144)

@@ -328,6 +328,7 @@ SEQUENCES = {"cu_seqlens_q": np.array([0, 31, 31, 150, 200]),
 NARROW = {  # heads, depth, queries, keys, pinned, arguments
     "ring comes round": ((4, 1), 128, 400, 400, 4, {"window": 129}),
     "eighths": ((8, 1), 64, 300, 333, 0, {"window": 137}),
+    "fewer keys": ((8, 1), 64, 200, 200, 4, {"window": 128}),
     "three heads": ((6, 2), 80, 150, 150, 16, {"window": 90}),
     "one head": ((2, 2), 96, 200, 260, 1, {"window": 81}),
     "rows": ((16, 1), 64, 90, 120, 1, {"window": 64, "starts": np.array([3, 50]),
@@ -369,4 +370,4 @@ def test_narrow_windows_keep_out_what_nobody_sees(library):
     k[:, :, ~seen], v[:, :, ~seen] = np.nan, np.inf
     call = emulated.Call(q, k, v, want_mass=False, **arguments)
     check(call.run(library, emulated.HOPPER), expected, "float16")
-    assert call.plan.path == b"prefill_window_f16_64"
+    assert call.plan.path == b"prefill_window_f16_64_136"
