@@ -145,8 +145,8 @@ enum {
     SA_WINDOW_FEWER_KEYS = 136,
     SA_WINDOW_GROUPS = 3,   /* warpgroups that multiply */
     SA_WINDOW_THREADS = 128 * (1 + SA_WINDOW_GROUPS),
-    SA_WINDOW_REGISTERS = 152,
-    SA_WINDOW_COPYING_REGISTERS = 56,
+    SA_WINDOW_REGISTERS = 160,
+    SA_WINDOW_COPYING_REGISTERS = 32,
     SA_WINDOW_HEADS = 64,   /* of a group, at most */
     SA_WINDOW_PINNED = 16,  /* at most */
     SA_WINDOW_BIASES = 256, /* of a group, at most */

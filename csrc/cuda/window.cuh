@@ -86,9 +86,11 @@ template <int keys> __device__ __forceinline__ int bundles_of(const sa_cuda_prob
 
 /* --- who does what ----------------------------------------------------------------------------------------------------------------- */
 
-/* What all CTAs share out, evenly, neighbours together: the tiles of a kv head after another. */
+/* What all CTAs share out, evenly, neighbours together: the tiles of a kv head after another. Beginning a stretch takes as long as a few
+ * tiles, so that each head has so many more that are none: who begins a second one has less to do in it. */
 struct share {
-    uint32_t tiles, next, end; /* of a kv head; of this CTA */
+    uint32_t tiles, begin; /* of a kv head, and those that are none before them */
+    uint32_t next, end;    /* of this CTA */
 };
 
 /* All lanes of a warp. */
@@ -100,19 +102,22 @@ __device__ __forceinline__ share share_of(const sa_cuda_problem &p)
         find_sequence(p, p.group, tile_rows, left, none);
         tiles = INT64_MAX - left;
     }
-    const uint64_t units = (uint64_t)tiles * p.heads_kv * (p.sequences > 0 ? 1 : p.batch);
-    return {(uint32_t)tiles, (uint32_t)(units * blockIdx.x / gridDim.x), (uint32_t)(units * (blockIdx.x + 1) / gridDim.x)};
+    const uint32_t begin = p.sequences == 0 && tiles >= 16 * 3 ? 3 : 0;
+    const uint64_t units = (uint64_t)(tiles + begin) * p.heads_kv * (p.sequences > 0 ? 1 : p.batch);
+    return {(uint32_t)tiles, begin, (uint32_t)(units * blockIdx.x / gridDim.x), (uint32_t)(units * (blockIdx.x + 1) / gridDim.x)};
 }
 
 /* The next stretch of this CTA; without tiles at the end. All lanes of a warp. */
 template <int keys> __device__ __forceinline__ stretch next_stretch(const sa_cuda_problem &p, share &own)
 {
     stretch s = {};
+    const uint32_t period = own.tiles + own.begin, band = own.next / (period > 0 ? period : 1), heads = (uint32_t)p.heads_kv;
+    const uint32_t in_band = own.next - band * period;
+    own.next += in_band < own.begin ? own.begin - in_band : 0;
     if (own.next >= own.end) {
         return s;
     }
-    const uint32_t band = own.next / own.tiles, heads = (uint32_t)p.heads_kv;
-    int64_t tile = own.next - band * own.tiles, sequence = 0, tiles = own.tiles;
+    int64_t tile = own.next - band * period - own.begin, sequence = 0, tiles = own.tiles;
     place at;
     if (p.sequences > 0) {
         find_sequence(p, p.group, tile_rows, tile, sequence);
