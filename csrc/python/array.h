@@ -17,6 +17,7 @@ typedef struct sa_module {
     PyObject *exchange_name, *dlpack_name, *device_name, *interface_name, *grad_name, *negated_name; /* interned */
     PyObject *libraries; /* sinkattn._libraries, once it was needed */
     PyObject *autocast, *modes, *forward; /* torch's, once there was a tensor: see torch_state.c */
+    PyObject *operator; /* sinkattn.torch's attend, once it was needed */
 #ifndef Py_GIL_DISABLED
     PyTypeObject *table_type; /* the last type that had an exchange table, and the table */
     const struct DLPackExchangeAPI *table;

@@ -52,6 +52,7 @@ static int traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->autocast);
     Py_VISIT(state->modes);
     Py_VISIT(state->forward);
+    Py_VISIT(state->operator);
 #ifndef Py_GIL_DISABLED
     Py_VISIT(state->table_type);
 #endif
@@ -69,6 +70,7 @@ static int clear(PyObject *module)
     Py_CLEAR(state->autocast);
     Py_CLEAR(state->modes);
     Py_CLEAR(state->forward);
+    Py_CLEAR(state->operator);
 #ifndef Py_GIL_DISABLED
     Py_CLEAR(state->table_type);
 #endif

@@ -233,8 +233,13 @@ def overhead(torch, sizes):
     right = partial(exact, torch, q, k, v)
     new = k[:, :, :1], v[:, :, :1]
     theirs = torch.nn.functional.scaled_dot_product_attention
+    import sinkattn.torch  # noqa: F401 - defines the operator
+    operator, leaf = torch.ops.sinkattn.attend, q.clone().requires_grad_()
     work.contestants += [
         Contestant("sinkattn", "attend", [partial(attend, q, k, v)], right),
+        Contestant("sinkattn", "attend, torch operator", [lambda: operator(q, k, v)[0]], right),
+        Contestant("sinkattn", "attend, recording a gradient",
+                   [lambda: attend(leaf, k, v).detach()], right),
         Contestant("sinkattn", "SinkCache.attend", [partial(cache.attend, q, *new)]),
         Contestant("torch", "SDPA", [partial(theirs, q, k, v, enable_gqa=True)], right)]
     yield work

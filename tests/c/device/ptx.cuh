@@ -199,6 +199,13 @@ inline bool arrive(uint32_t *counter, uint32_t count)
     return count_up(counter, count) == count - 1;
 }
 
+inline void prefetch_bulk(const void *address, uint32_t bytes)
+{
+    must_be_aligned((uint64_t)(uintptr_t)address | bytes, 16);
+    static volatile char sink;
+    sink = ((const char *)address)[0] + ((const char *)address)[bytes - 1];
+}
+
 inline uint32_t cluster_index()
 {
     return device::current_cluster->number;
