@@ -352,14 +352,15 @@ template <int depth> __device__ __forceinline__ void fetch_queries(const sa_cuda
     __syncthreads();
 }
 
-/* What a step does beside attending: the token into its slot, and the state forward when every CTA of the row has read it. */
+/* What a step does beside attending: the token into its slot, and the state forward when every CTA of the row has read it; that of a
+ * KVCache goes forward in the kernel behind this one. */
 __device__ __forceinline__ void append_step(const sa_cuda_problem &p, const decode_shared &s, uint32_t unit, int split, uint32_t before,
                                             uint32_t readers)
 {
     if (split == p.splits - 1 && unit % (uint32_t)p.row_tiles == 0) {
         append_token(p, s);
     }
-    if (threadIdx.x == blockDim.x - 1) {
+    if (threadIdx.x == blockDim.x - 1 && !p.slots) {
         advance(p, s.t.at, before, readers);
     }
 }
@@ -404,6 +405,9 @@ template <typename T, int depth, bool weighs> __device__ __forceinline__ void de
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     char *rings = memory + SA_DECODE_SHARED(depth);
     const decode_memory m = {*(decode_shared *)memory, memory + SA_DECODE_ROWS_SHARED, rings, (float *)(rings + warps * shape<depth>::ring)};
+    if (p.slots) {
+        let_next_begin();
+    }
     const uint32_t unit = p.splits == 1 ? blockIdx.x : p.clustered ? cluster_index() : blockIdx.x / (uint32_t)p.splits;
     const int split = (int)(blockIdx.x - unit * (uint32_t)p.splits);
     if (p.prefetch > 0 && threadIdx.x == 0) {
@@ -437,7 +441,7 @@ template <typename T, int depth, bool weighs> __device__ __forceinline__ void de
     /* While the first keys are on their way. */
     const uint32_t readers = (uint32_t)(p.heads_kv * p.row_tiles * p.splits);
     uint32_t before = 0;
-    if (p.append && threadIdx.x == blockDim.x - 1) {
+    if (p.append && threadIdx.x == blockDim.x - 1 && !p.slots) {
         const int64_t units = p.splits > 1 && !p.clustered ? p.batch * p.heads_kv * p.row_tiles : 0; /* their counters come first */
         before = report_read(p, units + m.s.t.at.batch, readers);
     }

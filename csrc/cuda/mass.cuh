@@ -97,7 +97,7 @@ __device__ inline bool begin_mass(const sa_cuda_problem &p, mass_shared &s, int 
     }
     bool found = false;
     for (; row < rows && !found; row++) {
-        const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
+        const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row, head);
         __syncwarp();
         fill_runs(run_of(p, at, head, lane), s.list);
         __syncwarp();
