@@ -13,7 +13,8 @@ enum {
     DECODE = 0,
     PREFILL = DECODE + 6,
     HOPPER = PREFILL + 6,
-    ATTEND_F32 = HOPPER + 2 * FORMS,
+    WINDOW = HOPPER + 2 * FORMS, /* depth 64 and 128, each with fewer keys and with more */
+    ATTEND_F32 = WINDOW + 8,
     ROTATE = ATTEND_F32 + 3,
     COMMIT,
     MASS,
@@ -47,6 +48,14 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
 #define KERNEL(name, ...) {"prefill_hopper_bf16_" #name, "prefill_sm90"},
     SA_HOPPER_FORMS(KERNEL)
 #undef KERNEL
+    {"prefill_window_f16_64_136", "window_sm90"},
+    {"prefill_window_f16_64_144", "window_sm90"},
+    {"prefill_window_f16_128_136", "window_sm90"},
+    {"prefill_window_f16_128_144", "window_sm90"},
+    {"prefill_window_bf16_64_136", "window_sm90"},
+    {"prefill_window_bf16_64_144", "window_sm90"},
+    {"prefill_window_bf16_128_136", "window_sm90"},
+    {"prefill_window_bf16_128_144", "window_sm90"},
     {"attend_f32_64", "attend_f32"},
     {"attend_f32_128", "attend_f32"},
     {"attend_f32_256", "attend_f32"},
@@ -407,9 +416,35 @@ static int form_of(const sa_cuda_problem *p, const sa_cuda_device *device)
     return -1;
 }
 
+/* Does the kernel of narrow windows serve a call? All that a tile of rows sees has to fit into registers. */
+static bool suits_window(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *o)
+{
+    const bool other = p->cache.keys != NULL || p->slots || p->learned > 0 || !p->causal;
+    const bool fits = o->group <= SA_WINDOW_HEADS && p->pinned <= SA_WINDOW_PINNED && p->common_window > 0 &&
+                      p->common_window <= SA_WINDOW_KEYS - SA_WINDOW_SPAN(o->group) + 1 && p->query_length * o->group <= INT32_MAX - 64;
+    const bool biased = !p->sink_bias.given || o->group * p->pinned <= SA_WINDOW_BIASES;
+    return device->wgmma && o->bucket < 2 && !other && fits && biased && p->aligned && p->scale > 0.0f &&
+           tensor_in_pieces(&p->query, p->depth, 2) && tensor_in_pieces(&p->sink_query, p->depth, 2) &&
+           tensor_in_pieces(&p->output, p->depth_v, 2);
+}
+
+static bool plan_window(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
+{
+    const int64_t units = units_of(p, o, 64);
+    const int more = p->common_window > SA_WINDOW_FEWER_KEYS - SA_WINDOW_SPAN(o->group) + 1;
+    const int kernel = WINDOW + (p->dtype == SA_CUDA_BF16 ? 4 : 0) + 2 * o->bucket + more;
+    p->splits = 1;
+    p->row_tiles = tiles_of(p, o, 64);
+    return units <= INT32_MAX &&
+           push(plan, kernel, min_i64(units, device->multiprocessors), SA_WINDOW_THREADS, 1, SA_WINDOW_SHARED(o->depth));
+}
+
 static bool plan_prefill(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
 {
     const bool bf16 = p->dtype == SA_CUDA_BF16;
+    if (suits_window(p, device, o)) {
+        return plan_window(p, device, o, plan);
+    }
     plan->form = form_of(p, device);
     p->splits = 1;
     if (plan->form >= 0) {

@@ -7,6 +7,7 @@
  *                    decode_mass_<t>_<d>   the same and the mass of the keys, where their scores find room in shared memory
  *   prefill_sm80.cu  prefill_<t>_<d>   many query rows
  *   prefill_sm90.cu  prefill_hopper_<t>_<form>  the same on Hopper, in the forms of params.h; it takes one sa_cuda_prefill
+ *   window_sm90.cu   prefill_window_<t>_<d>  windows so narrow that all that a tile of rows sees fits into registers
  *   attend_f32.cu    attend_f32_<d>    fp32, both
  *   cache.cu         cache_rotate      rotates a chunk into scratch
  *                    cache_commit      writes a chunk into the slots and advances lengths and lows

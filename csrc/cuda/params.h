@@ -163,6 +163,15 @@ enum {
     SA_PREFILL_WARPS = 4,
     SA_HOPPER_HEADS = 64, /* of a group, at most */
     SA_HOPPER_FEW = 16, /* keys of a small box: the pinned ones, and halves of what is left of a window */
+    SA_WINDOW_KEYS = 144,   /* of a tile of 64 rows, the pinned ones apart, or 136 where that is enough */
+    SA_WINDOW_FEWER_KEYS = 136,
+    SA_WINDOW_GROUPS = 3,   /* warpgroups that multiply */
+    SA_WINDOW_THREADS = 128 * (1 + SA_WINDOW_GROUPS),
+    SA_WINDOW_REGISTERS = 160,
+    SA_WINDOW_COPYING_REGISTERS = 32,
+    SA_WINDOW_HEADS = 64,   /* of a group, at most */
+    SA_WINDOW_PINNED = 16,  /* at most */
+    SA_WINDOW_BIASES = 256, /* of a group, at most */
     SA_MASS_KEYS = 64,
     SA_MASS_ROWS = 16,
     SA_MASS_WARPS = 8,
@@ -207,6 +216,15 @@ enum {
 #define SA_HOPPER_SHARED(depth, width, rows, keys, stages, query_tiles, featured)                                              \
     (SA_HOPPER_STATE + SA_HOPPER_PANELS(depth) * ((featured ? 2 : 1) * (query_tiles) * (rows) + (stages) * (keys)) + \
      SA_HOPPER_PANELS(width) * (stages) * (keys))
+
+/* Keys from the first that the first row of a tile may see to the last that the last may, without the window: positions of a tile, and up to
+ * seven more where tiles don't begin at multiples of eight. */
+#define SA_WINDOW_SPAN(group) (64 % ((group) * 8) == 0 ? 64 / (group) : (63 + (group) - 1) / (group) + 1 + 7)
+#define SA_WINDOW_STATE_SHARED 3072
+#define SA_WINDOW_BUNDLES(depth) ((depth) == 64 ? 32 : 15) /* of 16 keys, in the ring */
+#define SA_WINDOW_SHARED(depth)                                                                                                            \
+    (SA_WINDOW_STATE_SHARED + 2 * (depth) * (2 * 16 * (SA_WINDOW_BUNDLES(depth) + 1) + SA_WINDOW_GROUPS * 64 * 2))
+
 #define SA_MASS_SHARED_TOTALS(stride) ((4 * (SA_MASS_KEYS + SA_MASS_ROWS) * (stride) + 7) / 8 * 8)
 #define SA_MASS_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS((depth) + 1) + 8 * 32 * SA_MASS_WARPS)
 #define SA_MASS_HALF_KEYS(depth) ((depth) == 256 ? 64 : 128)

@@ -313,6 +313,54 @@ static void hopper_prefill(void)
     CHECK(!takes_hopper(p, &hopper));
 }
 
+static bool takes_window(sa_cuda_problem p, const sa_cuda_device *device)
+{
+    const sa_cuda_plan plan = plan_of(&p, device);
+    return strncmp(plan.path, "prefill_window", 14) == 0;
+}
+
+/* What the kernel of narrow windows takes: all that a tile sees has to fit, which depends on how many positions a tile spans. */
+static void window_prefill(void)
+{
+    sa_cuda_device hopper = h200;
+    hopper.wgmma = 1;
+    sa_cuda_problem narrow = problem_of(2, 8, 2, 128, 3000, 3000, SA_CUDA_BF16);
+    narrow.scale = 0.1f;
+    narrow.causal = 1;
+    narrow.pinned = 4;
+    narrow.window = (sa_cuda_numbers){.value = 129.0, .given = 1};
+    CHECK(takes_window(narrow, &hopper) && !takes_window(narrow, &h200));
+    sa_cuda_problem p = narrow;
+    const sa_cuda_plan plan = plan_of(&p, &hopper);
+    CHECK(p.row_tiles == (3000 * 4 + 63) / 64 && plan.launches[0].grid == 132 && plan.launches[0].block == SA_WINDOW_THREADS);
+    CHECK(plan.launches[0].shared <= (uint32_t)h200.shared_limit && SA_WINDOW_SHARED(64) <= h200.shared_limit);
+    p = narrow;
+    p.window.value = 130.0;
+    CHECK(!takes_window(p, &hopper));
+    p.heads_q = 16; /* eight positions a tile */
+    CHECK(takes_window(p, &hopper));
+    p.heads_q = 6; /* up to 29 from one multiple of eight on */
+    p.window.value = 117.0;
+    CHECK(!takes_window(p, &hopper));
+    p.window.value = 116.0;
+    CHECK(takes_window(p, &hopper));
+    p = narrow;
+    p.pinned = SA_WINDOW_PINNED + 1;
+    CHECK(!takes_window(p, &hopper));
+    p = narrow;
+    p.causal = 0;
+    CHECK(!takes_window(p, &hopper));
+    p = narrow;
+    p.window.data = &p;
+    CHECK(!takes_window(p, &hopper));
+    p = narrow;
+    p.output.data = (void *)(uintptr_t)8;
+    CHECK(!takes_window(p, &hopper));
+    p = narrow;
+    p.lengths.given = p.starts.given = p.query_lengths.given = 1;
+    CHECK(takes_window(p, &hopper));
+}
+
 static void refuses_endless_grids(void)
 {
     sa_cuda_problem p = problem_of(1LL << 31, 8, 8, 64, 1, 10, SA_CUDA_BF16);
@@ -331,6 +379,7 @@ int main(void)
     nothing_to_do();
     pieces_and_windows();
     hopper_prefill();
+    window_prefill();
     refuses_endless_grids();
     printf("ok\n");
     return 0;
