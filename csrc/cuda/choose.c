@@ -256,7 +256,7 @@ static bool suits_hopper(const sa_cuda_problem *p, const sa_cuda_device *device,
 static bool plan_prefill(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
 {
     const bool hopper = suits_hopper(p, device, o), bf16 = p->dtype == SA_CUDA_BF16;
-    const int64_t rows = hopper ? SA_HOPPER_ROWS : SA_PREFILL_ROWS, units = units_of(p, o, rows);
+    const int64_t rows = hopper ? SA_HOPPER_ROWS : SA_PREFILL_ROWS(o->depth), units = units_of(p, o, rows);
     p->splits = 1;
     p->row_tiles = tiles_of(p, o, rows);
     if (hopper) {
