@@ -137,7 +137,7 @@ static void clear_removed(const span *s, const sa_run *run, int64_t begin, sa_ra
     }
 }
 
-static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_range need)
+static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_range need, bool removes)
 {
     const sa_problem *p = s->problem;
     const int64_t key = s->kv_head * run->key_head_stride + begin * run->key_stride;
@@ -146,7 +146,7 @@ static void block_packed(const span *s, const sa_run *run, int64_t begin, sa_ran
     const float *query = query_for(s, run);
     key_packer(p->dtype, s->pairs)(sa_at(run->key, p->dtype, key), run->key_stride, p->depth, need.low, need.high, s->keys);
     value_packer(p->dtype, s->pairs)(sa_at(run->value, p->dtype, value), run->value_stride, p->depth_v, need.low, need.high, s->values);
-    if (removes_any(s, run, begin, need)) {
+    if (removes) {
         clear_removed(s, run, begin, need);
     }
 
@@ -219,10 +219,13 @@ static void span_blocks(const span *s, int64_t first, int64_t last, const sa_wor
                 block.scores = s->kept + index * s->rows * SCORE_STRIDE;
                 block_direct(&block, run, begin, need);
                 memcpy(s->anchors + index * s->rows, s->maximum, (size_t)s->rows * sizeof(float));
-            } else if (s->direct && !removes_any(s, run, begin, need)) {
+                continue;
+            }
+            const bool removes = removes_any(s, run, begin, need);
+            if (s->direct && !removes) {
                 block_direct(s, run, begin, need);
             } else {
-                block_packed(s, run, begin, need);
+                block_packed(s, run, begin, need, removes);
             }
         }
     }

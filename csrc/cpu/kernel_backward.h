@@ -270,8 +270,9 @@ static void keys_task(void *context, int64_t task, sa_worker *worker)
 static void join_query(const backward_job *job, int64_t index, int64_t head, int64_t query, bool second, float *sum)
 {
     const sa_row *row = &job->backward->forward.rows[index];
+    const bool counts = query < row->query_count && job->terms[index][head * padded_queries(row) + query] != INFINITY;
     memset(sum, 0, (size_t)job->acc_stride * sizeof *sum);
-    for (int64_t i = job->first_segment[index]; i < job->first_segment[index + 1] && query < row->query_count; i++) {
+    for (int64_t i = job->first_segment[index]; i < job->first_segment[index + 1] && counts; i++) {
         const segment *s = &job->segments[i];
         const int64_t tile = query / TILE_QUERIES - s->tile;
         if (tile < 0 || tile >= s->tiles || second_query(row, &row->runs[s->run]) != second) {

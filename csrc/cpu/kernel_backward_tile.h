@@ -174,6 +174,8 @@ static float any_row(bool pairs, const query_tile *t, const key_terms *terms, sa
         const vec_f32 x = turned_score(vec_load(scores + column), terms, column, &through_cap);
         vec_f32 weight = vec_exp2(vec_sub(x, vec_load(t->lse + column)));
         vec_f32 d = vec_mul(weight, vec_sub(vec_load(dscores + column), vec_load(t->delta + column)));
+        weight = vec_select_below(vec_load(t->lse + column), FLT_MAX, weight, vec_zero()); /* of an idle query: not even its NaN */
+        d = vec_select_below(vec_load(t->lse + column), FLT_MAX, d, vec_zero());
         if (seen.low > column || seen.high < column + LANES) {
             weight = vec_keep_range(weight, seen.low - column, seen.high - column, vec_zero());
             d = vec_keep_range(d, seen.low - column, seen.high - column, vec_zero());
@@ -316,9 +318,34 @@ static void pack_tile(const key_block *b, const query_tile *t)
     pack_rows(b->pairs, p->dtype, out, back->output_gradient_stride, p->depth_v, t->low, t->high, b->out_rows);
 }
 
-static void backward_tile(const key_block *b, const query_tile *t)
+/* A query is idle where it saw nothing or an infinite sink took all: its weights are 0, whatever the query and d(out) hold. True: some is. */
+static bool clear_idle(const key_block *b, const query_tile *t)
+{
+    const sa_problem *p = &b->backward->forward;
+    bool any = false;
+    for (int64_t c = t->low; c < t->high; c++) {
+        if (t->lse[c] != INFINITY) {
+            continue;
+        }
+        any = true;
+        float *query = b->query_columns + c / TILE_COLUMNS * b->words * TILE_COLUMNS + c % TILE_COLUMNS;
+        float *out = b->out_columns + c / TILE_COLUMNS * b->words_v * TILE_COLUMNS + c % TILE_COLUMNS;
+        for (int64_t word = 0; word < b->words; word++) {
+            query[word * TILE_COLUMNS] = 0.0f;
+        }
+        for (int64_t word = 0; word < b->words_v; word++) {
+            out[word * TILE_COLUMNS] = 0.0f;
+        }
+        zero_panel_rows(b->pairs, b->query_rows, p->depth, c, c + 1);
+        zero_panel_rows(b->pairs, b->out_rows, p->depth_v, c, c + 1);
+    }
+    return any;
+}
+
+static void backward_tile(const key_block *b, query_tile *t)
 {
     pack_tile(b, t);
+    t->whole = !clear_idle(b, t) && t->whole;
     if (!t->whole) {
         memset(b->turned, 0, (size_t)((t->high + SPARE_ROWS) * SCORE_STRIDE) * sizeof(float));
     }

@@ -12,11 +12,11 @@
 namespace sa
 {
 
-/* blocks: of 16 rows, that a warp multiplies. */
-template <int depth_, int rows_ = SA_PREFILL_ROWS(depth_), int keys_ = SA_PREFILL_KEYS, int warps = SA_PREFILL_WARPS, int flags = 1>
+/* blocks: of 16 rows, that a warp multiplies; plain: nothing happens to a score but that it is scaled, by a positive number, and hidden. */
+template <int depth_, int rows_, bool plain_, int keys_ = SA_PREFILL_KEYS, int warps = SA_PREFILL_WARPS, int stages_ = 1, bool lazy_ = true>
 struct prefill_shape {
-    static constexpr bool lazy = flags & 1, plain = flags & 4;
-    static constexpr int stages = flags & 2 ? 2 : 1;
+    static constexpr bool plain = plain_, lazy = lazy_;
+    static constexpr int stages = stages_;
     static constexpr int depth = depth_, rows = rows_, keys = keys_, threads = 32 * warps, blocks = rows / (16 * warps);
     static constexpr int fixed = SA_PREFILL_ROWS_SHARED(rows), query_bytes = rows * depth * 2, half_bytes = keys * depth * 2;
     static_assert(sizeof(tile<rows>) <= fixed, "room for what is known of the rows");
@@ -365,16 +365,20 @@ template <typename T, typename S> __device__ __forceinline__ void prefill(const 
 
 } // namespace sa
 
-#define SA_PREFILL(name, depth)                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(32 * SA_PREFILL_WARPS, 2)                                                                 \
-        prefill_##name##_##depth(const __grid_constant__ sa_cuda_problem p)                                                                \
+#define SA_PREFILL(kernel, name, depth, rows, plain, ctas)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(32 * SA_PREFILL_WARPS, ctas)                                                              \
+        kernel##_##name##_##depth(const __grid_constant__ sa_cuda_problem p)                                                               \
     {                                                                                                                                      \
-        sa::prefill<sa::name, sa::prefill_shape<depth>>(p);                                                                                \
+        sa::prefill<sa::name, sa::prefill_shape<depth, rows, plain>>(p);                                                                   \
     }
 
-SA_PREFILL(f16, 64)
-SA_PREFILL(f16, 128)
-SA_PREFILL(f16, 256)
-SA_PREFILL(bf16, 64)
-SA_PREFILL(bf16, 128)
-SA_PREFILL(bf16, 256)
+SA_PREFILL(prefill, f16, 64, SA_PREFILL_ROWS, false, 4)
+SA_PREFILL(prefill, f16, 128, SA_PREFILL_ROWS, false, 3)
+SA_PREFILL(prefill, f16, 256, SA_PREFILL_ROWS, false, 2)
+SA_PREFILL(prefill, bf16, 64, SA_PREFILL_ROWS, false, 4)
+SA_PREFILL(prefill, bf16, 128, SA_PREFILL_ROWS, false, 3)
+SA_PREFILL(prefill, bf16, 256, SA_PREFILL_ROWS, false, 2)
+SA_PREFILL(prefill_wide, f16, 64, SA_PREFILL_WIDE_ROWS, true, 2)
+SA_PREFILL(prefill_wide, f16, 128, SA_PREFILL_WIDE_ROWS, true, 2)
+SA_PREFILL(prefill_wide, bf16, 64, SA_PREFILL_WIDE_ROWS, true, 2)
+SA_PREFILL(prefill_wide, bf16, 128, SA_PREFILL_WIDE_ROWS, true, 2)

@@ -165,6 +165,18 @@ __device__ __forceinline__ bool arrive(uint32_t *counter, uint32_t count)
     return before == count - 1;
 }
 
+#if __CUDA_ARCH__ >= 900
+/* Asks for memory that is read later: from there to the L2. Multiples of 16 bytes. */
+__device__ __forceinline__ void prefetch_bulk(const void *address, uint32_t bytes)
+{
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+}
+#else
+__device__ __forceinline__ void prefetch_bulk(const void *, uint32_t)
+{
+}
+#endif
+
 /* --- clusters (sm_90 and later) -------------------------------------------------------------------------------------------------- */
 
 #if __CUDA_ARCH__ >= 900

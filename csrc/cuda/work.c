@@ -197,7 +197,7 @@ static void clear_first(sa_cuda_work *work, void *data, int64_t offset, int64_t 
 static void clear_mass(sa_cuda_work *work)
 {
     const sa_cuda_problem *p = &work->problem;
-    if (p->mass != NULL) {
+    if (p->mass != NULL && p->weighs == SA_WEIGHS_NONE) {
         clear_first(work, p->mass, 0, p->batch * p->heads_kv * p->mass_length * (int64_t)sizeof(float));
     }
 }
@@ -253,13 +253,15 @@ static void take_rows(sa_cuda_work *work, const sa_floats *from, sa_cuda_rows *t
 
 static sa_status plan_mass(const sa_mass_params *params, sa_cuda_work *work)
 {
+    sa_cuda_device facts;
+    SA_TRY(full_facts(work->function, &work->scope, &facts));
     describe(&params->attend, NULL, &work->problem);
     work->staged_count = work->cleared_count = 0;
     work->counters = NULL;
     take_arrays(&params->attend, work);
     take_rows(work, &params->lse, &work->problem.row_lse);
     take_rows(work, &params->row_weights, &work->problem.row_weights);
-    if (sa_cuda_choose_mass(&work->problem, &work->plan) != 0) {
+    if (sa_cuda_choose_mass(&work->problem, &facts, &work->plan) != 0) {
         return too_large(work);
     }
     lay_out_memory(work);

@@ -15,7 +15,8 @@ typedef struct twins {
     sa_cache_config config;
     const char *table;
     uint64_t random;
-    bool tame; /* contents are finite: results can be compared */
+    bool tame;    /* contents are finite: results can be compared */
+    void *memory; /* where `fast` lies, NULL: in its own */
 } twins;
 
 /* What a refused call must not change. */
@@ -232,10 +233,25 @@ static void crop(twins *t, fuzz_input *in)
     free(before.bytes);
 }
 
+/* A cache in memory of the caller, of exactly the size that it asks for; `memory` NULL: new. */
+static sa_cache *placed(twins *t, void *memory)
+{
+    sa_cache *cache;
+    FUZZ_REQUIRE(sa_cache_over(&t->config, &cache) == SA_OK);
+    t->memory = memory != NULL ? memory : fuzz_memory(sa_cache_storage_bytes(cache), 1);
+    FUZZ_REQUIRE(sa_cache_settle(cache, t->memory, memory != NULL) == SA_OK);
+    return cache;
+}
+
+/* The cache goes on as a copy of itself, or as another one in the same memory. */
 static void copy(twins *t)
 {
     sa_cache *twin;
-    FUZZ_REQUIRE(sa_cache_clone(t->fast, &twin) == SA_OK);
+    if (t->memory != NULL) {
+        twin = placed(t, t->memory);
+    } else {
+        FUZZ_REQUIRE(sa_cache_clone(t->fast, &twin) == SA_OK);
+    }
     const snapshot before = take_snapshot(t->fast);
     require_unchanged(&before, twin);
     sa_cache_free(t->fast);
@@ -301,7 +317,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     config->slot_positions = kind & 16;
     const int table = (kind >> 5) % sa_table_count();
     t.table = sa_table_usable(table) ? sa_table_name(table) : "reference";
-    FUZZ_REQUIRE(sa_cache_new(config, &t.fast) == SA_OK && sa_cache_new(config, &t.slow) == SA_OK);
+    FUZZ_REQUIRE(sa_cache_new(config, &t.slow) == SA_OK);
+    if (size % 2 == 1) {
+        t.fast = placed(&t, NULL);
+    } else {
+        FUZZ_REQUIRE(sa_cache_new(config, &t.fast) == SA_OK);
+    }
     const int64_t bytes = sa_cache_nbytes(t.fast);
     for (int64_t b = 0; b < ROWS; b++) {
         t.rows[b] = (row_model){0, config->pinned};
@@ -324,5 +345,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     sa_cache_free(t.fast);
     sa_cache_free(t.slow);
+    free(t.memory);
     return 0;
 }

@@ -162,6 +162,25 @@ def test_infinite_sinks_have_finite_gradients(table):
     assert all(np.isfinite(x).all() for x in flat(got).values())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_an_idle_query_holds_is_never_felt(dtype, table):
+    """Queries whose lse is infinite: beside queries that count, and a head without any."""
+    random = np.random.default_rng(12)
+    q, k, v = normal(random, 1, 4, 200, 32, dtype=dtype), *(normal(random, 1, 2, 200, 32, dtype=dtype) for _ in "kv")
+    keywords = {"sink_logits": [np.inf, 0.0, 0.0, 1.0], "window": 150, "sinks": 3, "sink_q": np.array(q)}
+    out, lse = attend(q, k, v, return_lse=True, **keywords)
+    lse[0, 1, 40:60], lse[0, 2, 7] = np.inf, -np.inf
+    dout, dlse = normal(random, *out.shape, dtype=dtype), normal(random, *lse.shape)
+    expected = flat(attend_backward(dout, q, k, v, out, lse, dlse=dlse, **keywords))
+    assert all(np.isfinite(np.float64(x)).all() for x in expected.values())
+    for x in (q, keywords["sink_q"], out, dout, dlse):
+        x[np.isinf(lse)] = np.nan
+    for name, gradient in flat(attend_backward(dout, q, k, v, out, lse, dlse=dlse, **keywords)).items():
+        np.testing.assert_array_equal(gradient, expected[name], err_msg=name)
+        if name in ("q", "sink_q"):
+            assert not gradient[np.isinf(lse)].any()
+
+
 def test_results_do_not_depend_on_threads_nor_on_the_batch(table):
     random = np.random.default_rng(5)
     q, k, v = (normal(random, 3, h, 300, 64) for h in (4, 2, 2))

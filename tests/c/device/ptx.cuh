@@ -167,7 +167,7 @@ inline uint64_t policy_evict_normal()
     return 0;
 }
 
-inline void copy_async_16(uint32_t target, const void *source, uint64_t)
+inline void copy_async_16(uint32_t target, const void *source, uint64_t = 0)
 {
     must_be_aligned((uint64_t)(uintptr_t)source | target, 16);
     memcpy(shared_memory() + target, source, 16);
@@ -197,6 +197,13 @@ inline uint32_t count_up(uint32_t *counter, uint32_t count)
 inline bool arrive(uint32_t *counter, uint32_t count)
 {
     return count_up(counter, count) == count - 1;
+}
+
+inline void prefetch_bulk(const void *address, uint32_t bytes)
+{
+    must_be_aligned((uint64_t)(uintptr_t)address | bytes, 16);
+    static volatile char sink;
+    sink = ((const char *)address)[0] + ((const char *)address)[bytes - 1];
 }
 
 inline uint32_t cluster_index()
