@@ -393,7 +393,8 @@ static bool plan_prefill(sa_cuda_problem *p, const sa_cuda_device *device, const
                                           SA_HOPPER_THREADS, 1, SA_HOPPER_SHARED(o->depth));
     }
     const int kernel = wide ? WIDE + (bf16 ? 2 : 0) : PREFILL + (bf16 ? 3 : 0);
-    return push(plan, kernel + o->bucket, units, 32 * SA_PREFILL_WARPS, 1, SA_PREFILL_SHARED(o->depth, rows));
+    return push(plan, kernel + o->bucket, units, 32 * SA_PREFILL_WARPS, 1,
+                SA_PREFILL_SHARED(o->depth, rows, wide ? SA_PREFILL_WIDE_KEYS(o->depth) : SA_PREFILL_KEYS));
 }
 
 /* A chunk is turned beforehand unless the decode kernel turns it on its way in. */
