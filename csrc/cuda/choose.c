@@ -188,7 +188,7 @@ static bool push(sa_cuda_plan *plan, int kernel, int64_t grid, int64_t block, in
     }
     if (grid > 0) {
         plan->launches[plan->launch_count++] =
-            (sa_cuda_launch){kernel, (uint32_t)grid, (uint32_t)block, (uint32_t)cluster, (uint32_t)shared};
+            (sa_cuda_launch){kernel, (uint32_t)grid, (uint32_t)block, (uint32_t)cluster, (uint32_t)shared, 0};
     }
     return true;
 }
@@ -212,7 +212,8 @@ static void reserve_partials(sa_cuda_problem *p, sa_cuda_plan *plan, int64_t uni
 /* A step of one token is one launch, unless the mass pass has to see the cache as it was. */
 static bool is_step(const sa_cuda_problem *p)
 {
-    return p->cache.keys != NULL && p->query_length == 1 && p->dtype != SA_CUDA_F32 && (p->mass == NULL || p->weighs != SA_WEIGHS_NONE);
+    const bool cached = p->cache.keys != NULL || p->slots;
+    return cached && p->query_length == 1 && p->dtype != SA_CUDA_F32 && (p->mass == NULL || p->weighs != SA_WEIGHS_NONE);
 }
 
 /* Splits of the decode kernel, how many warps share each, and whether they meet in a cluster. */
@@ -333,7 +334,7 @@ static bool plan_decode(sa_cuda_problem *p, const outline *o, const decode_form 
     reserve_partials(p, plan, units, SA_DECODE_ROWS);
     p->append = is_step(p);
     p->prefetch = prefetch_of(p);
-    if (p->append) {
+    if (p->append && !p->slots) {
         plan->counter_count += p->batch;
     }
     const int kernel = (p->weighs != SA_WEIGHS_NONE ? DECODE_MASS : DECODE) + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
@@ -358,9 +359,14 @@ static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_
 }
 
 /* Is a score scaled and hidden, and nothing else? */
+static bool scales_alone(const sa_cuda_problem *p)
+{
+    return !(p->softcap > 0.0f) && !p->sink_bias.given && !p->alibi_slopes.given;
+}
+
 static bool is_plain(const sa_cuda_problem *p)
 {
-    return !(p->softcap > 0.0f) && !p->sink_bias.given && !p->alibi_slopes.given && p->sink_query.data == NULL;
+    return scales_alone(p) && p->sink_query.data == NULL;
 }
 
 /* Does the Hopper kernel serve a call? It reads 16 bytes at a time, compares dot products before they are scaled, and does to a score
@@ -412,8 +418,7 @@ static bool plan_rotate(sa_cuda_problem *p, sa_cuda_plan *plan)
 /* Does the Hopper kernel give the mass? It reads 16 bytes at a time and does to a score nothing but scale and hide it. */
 static bool suits_mass_hopper(const sa_cuda_problem *p, const sa_cuda_device *device)
 {
-    const bool plain = !(p->softcap > 0.0f) && !p->sink_bias.given && !p->alibi_slopes.given;
-    return device->wgmma && p->depth <= 128 && plain && p->aligned && tensor_in_pieces(&p->query, p->depth, 2) &&
+    return device->wgmma && p->depth <= 128 && scales_alone(p) && p->aligned && tensor_in_pieces(&p->query, p->depth, 2) &&
            tensor_in_pieces(&p->sink_query, p->depth, 2) && p->query_length >= SA_MASS_HOPPER_ROWS / 2;
 }
 
@@ -449,7 +454,8 @@ static bool prefers_decode(const sa_cuda_problem *p, const outline *o)
 static bool reads_pieces(const sa_cuda_problem *p)
 {
     const int64_t size = p->dtype == SA_CUDA_F32 ? 4 : 2;
-    return tensor_in_pieces(&p->key, p->depth, size) && tensor_in_pieces(&p->value, p->depth_v, size) &&
+    return tensor_in_pieces(p->slots ? &p->held_key : &p->key, p->depth, size) &&
+           tensor_in_pieces(p->slots ? &p->held_value : &p->value, p->depth_v, size) &&
            tensor_in_pieces(&p->sink_key, p->depth, size) && tensor_in_pieces(&p->sink_value, p->depth_v, size);
 }
 
@@ -468,8 +474,10 @@ static void summarise(sa_cuda_problem *p)
                            : width >= 1.0 && width < (double)SA_CUDA_NO_WINDOW ? (int64_t)width
                                                                                : SA_CUDA_NO_WINDOW;
     }
-    p->held_key = cached ? (sa_cuda_tensor){p->cache.keys, p->heads_kv * slots * p->depth, slots * p->depth, p->depth} : p->key;
-    p->held_value = cached ? (sa_cuda_tensor){p->cache.values, p->heads_kv * slots * p->depth_v, slots * p->depth_v, p->depth_v} : p->value;
+    if (!p->slots) {
+        p->held_key = cached ? (sa_cuda_tensor){p->cache.keys, p->heads_kv * slots * p->depth, slots * p->depth, p->depth} : p->key;
+        p->held_value = cached ? (sa_cuda_tensor){p->cache.values, p->heads_kv * slots * p->depth_v, slots * p->depth_v, p->depth_v} : p->value;
+    }
     p->lean = p->query_length == 1 && p->sequences == 0 && p->common_window > 0 && p->dtype != SA_CUDA_F32;
 }
 

@@ -44,6 +44,7 @@ typedef struct sa_cuda_launch {
     uint32_t block;
     uint32_t cluster; /* CTAs; 1: none */
     uint32_t shared;  /* dynamic bytes */
+    uint32_t early;   /* may begin before the kernel in front has ended: it waits itself; only what was compiled for sm_90 */
 } sa_cuda_launch;
 
 enum { SA_CUDA_MAX_LAUNCHES = 4 };

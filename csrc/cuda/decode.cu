@@ -18,8 +18,10 @@
  *   v3 short set-up for one query a row; clusters of 8           11.7 / 38.4 / 128   4356   4461   19.9 / 45.8    2026-11-25
  *   v4 less code before the first key and after the last         10.3 / 37.1 / 132   4286   4388   14.4 / 41.5    2026-11-25
  *   v5 the token first, a lane for each split, early turns        10.1 / 37.4 / 126  4420   4511   12.1 / 38.8    2026-11-25
- *   v6 asks for its first keys before it knows which, in long calls   10.4 / 38.2 / 123  4473   4531   11.9 / 37.8    2026-11-25
- * With mass (decode_mass.cuh) 11.9 us, 53.8 us, B 64 262 us beside 242 us without; steps 14.7 / 43.6 us.
+ *   v6 asks for its first keys before it knows which, in long calls   10.4 / 38.2 / 126  4378   4438   11.9 / 38.5    2026-11-25
+ * Whether v6 gains is open: in an earlier run, beside calls without it, 123 us stood for 126, 240 for 242 and 473 for 475 at B 64, 37.8 for
+ * 39.3; the row above has no such neighbour.
+ * With mass (decode_mass.cuh) 11.9 us, 53.9 us, B 64 265 us beside 245 us without; steps 14.8 / 42.0 us.
  * v4 ran on a machine whose plain read was slower by a tenth at B 64 in that run (3804 GB/s).
  * Limited by, at B 1: code that runs once and cold, about 7 cycles an instruction: of 17100 cycles 2750 pass before the first key is asked
  * for, 7500 while 64 multiprocessors draw at the full rate of the memory, 4500 from the last key to the end.
@@ -352,14 +354,15 @@ template <int depth> __device__ __forceinline__ void fetch_queries(const sa_cuda
     __syncthreads();
 }
 
-/* What a step does beside attending: the token into its slot, and the state forward when every CTA of the row has read it. */
+/* What a step does beside attending: the token into its slot, and the state forward when every CTA of the row has read it; that of a
+ * KVCache goes forward in the kernel behind this one. */
 __device__ __forceinline__ void append_step(const sa_cuda_problem &p, const decode_shared &s, uint32_t unit, int split, uint32_t before,
                                             uint32_t readers)
 {
     if (split == p.splits - 1 && unit % (uint32_t)p.row_tiles == 0) {
         append_token(p, s);
     }
-    if (threadIdx.x == blockDim.x - 1) {
+    if (threadIdx.x == blockDim.x - 1 && !p.slots) {
         advance(p, s.t.at, before, readers);
     }
 }
@@ -404,6 +407,9 @@ template <typename T, int depth, bool weighs> __device__ __forceinline__ void de
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     char *rings = memory + SA_DECODE_SHARED(depth);
     const decode_memory m = {*(decode_shared *)memory, memory + SA_DECODE_ROWS_SHARED, rings, (float *)(rings + warps * shape<depth>::ring)};
+    if (p.slots) {
+        let_next_begin();
+    }
     const uint32_t unit = p.splits == 1 ? blockIdx.x : p.clustered ? cluster_index() : blockIdx.x / (uint32_t)p.splits;
     const int split = (int)(blockIdx.x - unit * (uint32_t)p.splits);
     if (p.prefetch > 0 && threadIdx.x == 0) {
@@ -437,7 +443,7 @@ template <typename T, int depth, bool weighs> __device__ __forceinline__ void de
     /* While the first keys are on their way. */
     const uint32_t readers = (uint32_t)(p.heads_kv * p.row_tiles * p.splits);
     uint32_t before = 0;
-    if (p.append && threadIdx.x == blockDim.x - 1) {
+    if (p.append && threadIdx.x == blockDim.x - 1 && !p.slots) {
         const int64_t units = p.splits > 1 && !p.clustered ? p.batch * p.heads_kv * p.row_tiles : 0; /* their counters come first */
         before = report_read(p, units + m.s.t.at.batch, readers);
     }

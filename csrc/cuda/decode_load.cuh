@@ -130,13 +130,14 @@ __device__ inline void append_token(const sa_cuda_problem &p, const decode_share
     if (at.query_count == 0) {
         return;
     }
-    const int64_t slot = at.length < p.pinned ? at.length : ring_slot(p, at.length);
-    const int64_t row = (at.batch * p.heads_kv + s.t.kv_head) * (p.pinned + p.cache.capacity) + slot;
+    const int64_t slot = p.slots ? at.key_count : at.length < p.pinned ? at.length : ring_slot(p, at.length);
+    uint16_t *key = (uint16_t *)(uintptr_t)element(p.held_key, at.batch, s.t.kv_head, slot, 2),
+             *value = (uint16_t *)(uintptr_t)element(p.held_value, at.batch, s.t.kv_head, slot, 2);
     for (int64_t d = threadIdx.x; d < p.depth; d += blockDim.x) {
-        ((uint16_t *)p.cache.keys)[row * p.depth + d] = s.new_key[d];
+        key[d] = s.new_key[d];
     }
     for (int64_t d = threadIdx.x; d < p.depth_v; d += blockDim.x) {
-        ((uint16_t *)p.cache.values)[row * p.depth_v + d] = s.new_value[d];
+        value[d] = s.new_value[d];
     }
 }
 

@@ -83,7 +83,7 @@ typedef struct sa_cuda_problem {
     sa_cuda_numbers alibi_slopes;     /* [batch, heads_q] */
     sa_cuda_numbers window;           /* [heads_q, -] 0: none; not with a cache */
     sa_cuda_numbers starts;           /* [batch, -] */
-    sa_cuda_numbers lengths;          /* [batch, -] */
+    sa_cuda_numbers lengths;          /* [batch, heads_kv] */
     sa_cuda_numbers query_lengths;    /* [batch, -]; new_lengths of a cache */
     sa_cuda_numbers cumulative_query; /* [sequences + 1, -] */
     sa_cuda_numbers cumulative_key;   /* [sequences + 1, -] */
@@ -125,7 +125,9 @@ typedef struct sa_cuda_problem {
     int32_t apart;          /* pinned keys are treated otherwise than the others */
     int32_t weighs;         /* SA_WEIGHS_*: the decode kernel gives the mass as well, and writes all of it */
     int64_t common_window;               /* of all heads, as the kernels count it; 0: it differs or is on the device */
-    sa_cuda_tensor held_key, held_value; /* where a row's keys lie: the call's tensors, or the cache */
+    sa_cuda_tensor held_key, held_value; /* where a row's keys lie: the call's tensors, or the cache; of `slots` the host fills them */
+    int32_t slots; /* of the host: `lengths` are held in slots of a KVCache, and the call's keys come behind them: a step of one token */
+    int32_t spare;
 } sa_cuda_problem;
 
 /* Tiles, known to choose.c and to the kernels. A row of a tile is one query of one head of a group. A slice is what a warp of the decode
@@ -199,6 +201,6 @@ SA_CUDA_ASSERT(offsetof(sa_cuda_problem, sink_logits) == 224, "layout of sa_cuda
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, cache) == 584, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, batch) == 768, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, scratch) == 896, "layout of sa_cuda_problem");
-SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 1056, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 1064, "layout of sa_cuda_problem");
 
 #endif

@@ -28,6 +28,35 @@ __device__ __forceinline__ int64_t clamp(int64_t value, int64_t low, int64_t hig
     return value < low ? low : value > high ? high : value;
 }
 
+/* --- elements ---------------------------------------------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ float wide_number(int dtype, const void *data, int64_t at)
+{
+    return dtype == SA_CUDA_F32   ? ((const float *)data)[at]
+           : dtype == SA_CUDA_F16 ? f16::wide(((const uint16_t *)data)[at])
+                                  : bf16::wide(((const uint16_t *)data)[at]);
+}
+
+__device__ __forceinline__ void store_number(int dtype, void *data, int64_t at, float x)
+{
+    if (dtype == SA_CUDA_F32) {
+        f32::store(data, at, x);
+    } else if (dtype == SA_CUDA_F16) {
+        f16::store(data, at, x);
+    } else {
+        bf16::store(data, at, x);
+    }
+}
+
+__device__ __forceinline__ void copy_number(int dtype, const void *from, int64_t source, void *to, int64_t target)
+{
+    if (dtype == SA_CUDA_F32) {
+        ((uint32_t *)to)[target] = ((const uint32_t *)from)[source];
+    } else {
+        ((uint16_t *)to)[target] = ((const uint16_t *)from)[source];
+    }
+}
+
 /* --- auxiliary arrays of any type -------------------------------------------------------------------------------------------------- */
 
 /* Not inlined, like what else runs once a CTA: cold instructions cost more than calls. */
@@ -60,9 +89,10 @@ __device__ __forceinline__ float number_at(const sa_cuda_numbers &numbers, int64
                                    : (float)number_of(numbers.data, numbers.type, first * numbers.stride[0] + second * numbers.stride[1]);
 }
 
-__device__ __forceinline__ int64_t integer_at(const sa_cuda_numbers &numbers, int64_t first)
+__device__ __forceinline__ int64_t integer_at(const sa_cuda_numbers &numbers, int64_t first, int64_t second = 0)
 {
-    return numbers.data == nullptr ? (int64_t)numbers.value : integer_of(numbers.data, numbers.type, first * numbers.stride[0]);
+    return numbers.data == nullptr ? (int64_t)numbers.value
+                                   : integer_of(numbers.data, numbers.type, first * numbers.stride[0] + second * numbers.stride[1]);
 }
 
 __device__ __forceinline__ int64_t window_of(const sa_cuda_problem &p, int64_t head)
@@ -107,7 +137,8 @@ struct place {
     int64_t length, low; /* of a cache, before the call */
 };
 
-__device__ inline place batch_row(const sa_cuda_problem &p, int64_t row)
+/* `head`: of keys and values; lengths may differ between them. */
+__device__ inline place batch_row(const sa_cuda_problem &p, int64_t row, int64_t head = 0)
 {
     place at = {};
     at.batch = row;
@@ -121,8 +152,8 @@ __device__ inline place batch_row(const sa_cuda_problem &p, int64_t row)
         return at;
     }
     at.key_begin = p.starts.given ? clamp(integer_at(p.starts, row), 0, p.kv_length) : 0;
-    at.key_count = p.lengths.given ? clamp(integer_at(p.lengths, row), 0, p.kv_length - at.key_begin) : p.kv_length - at.key_begin;
-    at.position = at.key_count - at.query_count;
+    at.key_count = p.lengths.given ? clamp(integer_at(p.lengths, row, head), 0, p.kv_length - at.key_begin) : p.kv_length - at.key_begin;
+    at.position = p.slots ? at.key_count : at.key_count - at.query_count;
     return at;
 }
 

@@ -157,6 +157,18 @@ __device__ __forceinline__ uint32_t count_up(uint32_t *counter, uint32_t count)
     return before;
 }
 
+/* Without waiting for what was there. */
+__device__ __forceinline__ void add_to(int64_t *number, int64_t added)
+{
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(number), "l"(added) : "memory");
+}
+
+/* Rounded by itself: scores are to be those of the host, ties included, whose compiler joins no product with a sum. */
+__device__ __forceinline__ double product(double a, double b)
+{
+    return __dmul_rn(a, b);
+}
+
 /* Counts an arrival, with all that the CTA wrote before its last barrier, at a counter that returns to 0. True for the last of `count`. */
 __device__ __forceinline__ bool arrive(uint32_t *counter, uint32_t count)
 {
@@ -185,6 +197,17 @@ __device__ __forceinline__ uint32_t cluster_index()
     uint32_t index;
     asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
     return index;
+}
+
+/* The kernel behind this one may begin, and waits in wait_for_last for what this one writes. */
+__device__ __forceinline__ void let_next_begin()
+{
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_last()
+{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_arrive()
@@ -221,6 +244,14 @@ __device__ __forceinline__ float2 cluster_load_pair(uint32_t address)
 __device__ __forceinline__ uint32_t cluster_index()
 {
     return blockIdx.x;
+}
+
+__device__ __forceinline__ void let_next_begin()
+{
+}
+
+__device__ __forceinline__ void wait_for_last()
+{
 }
 
 __device__ __forceinline__ void cluster_arrive()

@@ -41,12 +41,24 @@ typedef struct sa_cuda_work {
     int64_t memory_bytes; /* what sa_cuda_run wants, 256-byte aligned; 0: nothing */
 } sa_cuda_work;
 
-/* Plans a checked call with its results in place; `cache` NULL: none. On SA_OK the device is current until sa_cuda_end; otherwise nothing is to be ended. */
+/* Plans a checked call with its results in place; `cache` NULL: none. On SA_OK the device is current until
+ * sa_device_leave(&work->scope); otherwise nothing is to be left. */
 sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work);
+/* Slots of a KVCache. With keys and values of its own a call is a step, whose token is to be written behind the `lengths` that are held;
+ * whether it can be, plan.append of the problem says. */
+typedef struct sa_cuda_beside {
+    const sa_tensor *keys, *values; /* NULL: they are the call's */
+    uint32_t *counters;             /* of the cache, at zero */
+    int64_t counter_count;
+} sa_cuda_beside;
+
+/* The same over the slots of a KVCache; lengths may be [batch, heads_kv], of a device. The device is current already, work->scope says which,
+ * and stays so. Mass is not cleared before: what lies behind a row's length is not to be read. */
+sa_status sa_cuda_begin_slots(const sa_attend_params *params, const sa_cuda_beside *slots, void *stream, sa_cuda_work *work);
+
 sa_status sa_cuda_begin_mass(const sa_mass_params *params, sa_cuda_work *work);
 sa_status sa_cuda_begin_backward(const sa_attend_backward_params *params, sa_cuda_work *work);
 sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream);
-void sa_cuda_end(const sa_cuda_work *work);
 
 /* sa_merge for arrays of a device. `memory` of the caller: so many bytes, 0 for few parts. */
 int64_t sa_cuda_merge_bytes(int64_t count);

@@ -19,11 +19,6 @@ pytestmark = pytest.mark.skipif(
 DEVICES = {"h200": emulated.H200, "a100": emulated.A100, "small": emulated.SMALL}
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return emulated.build(tmp_path_factory.mktemp("kernels"))
-
-
 def check(got, expected, dtype, rotated=False):
     """Rotated keys are rounded once more, which the reference does not do."""
     bound = HALF_RELATIVE.get(dtype, FP32_RELATIVE) * (2 if rotated else 1)
