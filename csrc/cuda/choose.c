@@ -404,8 +404,7 @@ static bool is_walked(const sa_cuda_tensor *tensor, int64_t batch, int64_t heads
 static int form_of(const sa_cuda_problem *p, const sa_cuda_device *device)
 {
     const bool other = p->cache.keys != NULL || p->slots || p->learned > 0 || p->kv_length == 0 || p->kv_length >= 1 << 29 ||
-                       p->group > SA_HOPPER_HEADS || (p->common_window > 0 && p->common_window < 512) ||
-                       (p->sink_bias.given && p->pinned > SA_HOPPER_FEW);
+                       p->group > SA_HOPPER_HEADS || (p->sink_bias.given && p->pinned > SA_HOPPER_FEW);
     const bool walked = p->aligned && tensor_in_pieces(&p->query, p->depth, 2) && tensor_in_pieces(&p->output, p->depth_v, 2) &&
                         is_walked(&p->query, p->batch, p->heads_q, p->query_length) &&
                         is_walked(&p->key, p->batch, p->heads_kv, p->kv_length) && is_walked(&p->value, p->batch, p->heads_kv, p->kv_length) &&
