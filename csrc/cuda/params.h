@@ -224,9 +224,8 @@ enum {
  * seven more where tiles don't begin at multiples of eight. */
 #define SA_WINDOW_SPAN(group) (64 % ((group) * 8) == 0 ? 64 / (group) : (63 + (group) - 1) / (group) + 1 + 7)
 #define SA_WINDOW_STATE_SHARED 3072
-#define SA_WINDOW_BUNDLES(depth) ((depth) == 64 ? 32 : 15) /* of 16 keys, in the ring */
-#define SA_WINDOW_SHARED(depth)                                                                                                            \
-    (SA_WINDOW_STATE_SHARED + 2 * (depth) * (2 * 16 * (SA_WINDOW_BUNDLES(depth) + 1) + SA_WINDOW_GROUPS * 64 * 2))
+#define SA_WINDOW_BUNDLES(depth) ((depth) == 64 ? 54 : 26) /* of 16 keys, in the ring */
+#define SA_WINDOW_SHARED(depth) (SA_WINDOW_STATE_SHARED + 2 * (depth) * 2 * 16 * (SA_WINDOW_BUNDLES(depth) + 1))
 
 #define SA_MASS_SHARED_TOTALS(stride) ((4 * (SA_MASS_KEYS + SA_MASS_ROWS) * (stride) + 7) / 8 * 8)
 #define SA_MASS_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS((depth) + 1) + 8 * 32 * SA_MASS_WARPS)

@@ -37,12 +37,7 @@ struct window_state {
 };
 static_assert(sizeof(window_state) <= SA_WINDOW_STATE_SHARED, "room for what is known of the heads");
 
-/* A tile: its first row, whose query and head in the group, and its first line. */
-struct spot {
-    int row, token, head, shift;
-};
-
-/* Groups of 2, 4, 8 .. heads: shifts instead of divisions, and every tile begins with the first head. */
+/* Groups of 2, 4, 8 .. heads: every tile begins with the first head, and rows of all tiles look alike. */
 __device__ __forceinline__ bool is_even_group(const sa_cuda_problem &p)
 {
     return (p.group & (p.group - 1)) == 0;
@@ -53,35 +48,66 @@ __device__ __forceinline__ int token_of(const sa_cuda_problem &p, int row)
     return is_even_group(p) ? row >> (__ffs(p.group) - 1) : (int)((uint32_t)row / (uint32_t)p.group);
 }
 
-__device__ __forceinline__ spot spot_of(const sa_cuda_problem &p, const stretch &s, int tile)
-{
-    const int row = s.first_row + tile * tile_rows, token = token_of(p, row);
-    return {row, token, row - token * p.group, (token - s.first_token) & ~7};
-}
-
-/* Query and head in the group of row `row` of a tile. */
-struct owner {
-    int token, head;
+/* A tile: its first row and this row's query, the query of its last row, and two rows of this thread, 8 apart: query and head in the group. */
+struct spot {
+    int row, first, last;
+    int token[2], head[2];
 };
 
-__device__ __forceinline__ owner owner_of(const sa_cuda_problem &p, const stretch &s, const spot &t, int row)
+__device__ __forceinline__ int own_row()
 {
-    const int skipped = (int)((uint32_t)(t.head + row) * s.inverse >> 16);
-    return {t.token + skipped, t.head + row - skipped * p.group};
+    return threadIdx.x / 32 % 4 * warp_rows + threadIdx.x % 32 / 4;
+}
+
+__device__ __forceinline__ spot spot_of(const sa_cuda_problem &p, const stretch &s, int tile)
+{
+    spot t;
+    t.row = s.first_row + tile * tile_rows;
+    t.first = token_of(p, t.row);
+    const int head = t.row - t.first * p.group;
+    t.last = t.first + (int)((uint32_t)(head + tile_rows - 1) * s.inverse >> 16);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int at = head + own_row() + 8 * half, skipped = (int)((uint32_t)at * s.inverse >> 16);
+        t.token[half] = t.first + skipped;
+        t.head[half] = at - skipped * p.group;
+    }
+    return t;
+}
+
+/* The next one of this warpgroup, maybe behind the stretch. */
+__device__ __forceinline__ void go_on(const sa_cuda_problem &p, const stretch &s, spot &t)
+{
+    if (is_even_group(p)) {
+        const int step = window_groups * tile_rows >> (__ffs(p.group) - 1);
+        t.row += window_groups * tile_rows;
+        t.first += step;
+        t.last += step;
+        t.token[0] += step;
+        t.token[1] += step;
+    } else {
+        t = spot_of(p, s, (t.row - s.first_row) / tile_rows + window_groups);
+    }
+}
+
+/* Lines of the stretch before the tile's first. */
+__device__ __forceinline__ int shift_of(const stretch &s, const spot &t)
+{
+    return (t.first - s.first_token) & ~7;
 }
 
 /* A product with values takes 16 keys: the last ones of a tile may be nobody's, with weight 0. */
 template <int keys> constexpr int lines = (keys + 15) / 16 * 16;
 
-/* Bundles of the stretch that a tile needs, with all before it. */
-template <int keys> __device__ __forceinline__ int bundles_until(const spot &t)
+/* Bundles of the stretch that a tile at this shift needs, with all before it. */
+template <int keys> __device__ __forceinline__ int bundles_until(int shift)
 {
-    return (t.shift + lines<keys> + bundle - 1) / bundle;
+    return (shift + lines<keys> + bundle - 1) / bundle;
 }
 
 template <int keys> __device__ __forceinline__ int bundles_of(const sa_cuda_problem &p, const stretch &s)
 {
-    return bundles_until<keys>(spot_of(p, s, s.tiles - 1));
+    return bundles_until<keys>((token_of(p, s.first_row + (s.tiles - 1) * tile_rows) - s.first_token) & ~7);
 }
 
 /* --- who does what ----------------------------------------------------------------------------------------------------------------- */
@@ -155,7 +181,7 @@ template <int keys> __device__ __forceinline__ stretch next_stretch(const sa_cud
 /* Where things lie: addresses, and a ring of `bundles` bundles whose first ones are repeated behind its end, so that no product wraps. */
 template <int depth> struct window_memory {
     static constexpr uint32_t row_bytes = depth * 2, panel = SA_WINDOW_BUNDLES(depth) * bundle * 128, ring_bytes = panel * (depth / 64);
-    uint32_t keys, values, pinned_keys, pinned_values, queries;
+    uint32_t keys, values, pinned_keys, pinned_values;
     int bundles, repeated;
 };
 
@@ -167,77 +193,58 @@ template <int depth> __device__ __forceinline__ window_memory<depth> window_memo
     m.values = m.keys + layout::ring_bytes;
     m.pinned_keys = m.values + layout::ring_bytes;
     m.pinned_values = m.pinned_keys + bundle * layout::row_bytes;
-    m.queries = m.pinned_values + bundle * layout::row_bytes;
-    m.repeated = 64 % (16 * p.group) == 0 ? 2 : 3; /* 48 keys from a multiple of 16, or of 8 */
+    m.repeated = 64 % (16 * p.group) == 0 ? 8 : 9; /* 144 keys from a multiple of 16, or of 8 */
     m.bundles = SA_WINDOW_BUNDLES(depth) - m.repeated;
     return m;
 }
 
 struct ring_cursor {
     int stage = 0;
-    uint32_t parity = 0, count = 0;
-    __device__ __forceinline__ void step(int stages)
+    uint32_t parity = 0;
+    /* `count` bundles further, not more than the ring has. */
+    __device__ __forceinline__ void step(int stages, int count = 1)
     {
-        count++;
-        if (++stage == stages) {
-            stage = 0;
+        stage += count;
+        if (stage >= stages) {
+            stage -= stages;
             parity ^= 1;
         }
     }
 };
 
-__device__ __forceinline__ void release(uint64_t *barrier)
-{
-    if (threadIdx.x % 32 == 0) {
-        barrier_arrive(barrier);
-    }
-}
-
-/* What a warp has of the ring: it waits for all bundles and gives all of them back, in order. */
+/* What a warp has of the ring: it waits for all bundles and gives all of them back, in order. They are counted from the stretch's first. */
 struct ring_hold {
-    ring_cursor waited, released;
-    uint32_t begin; /* bundles of the stretches before */
-    int eighth;     /* of the ring, where the tile begins */
-    __device__ __forceinline__ void wait(window_state &state, int bundles, uint32_t count)
+    ring_cursor next, first; /* to be waited for, to be given back */
+    int waited, released;
+    /* Copies land in order: what came before a bundle is there when it is. */
+    __device__ __forceinline__ void wait(window_state &state, int bundles, int count)
     {
-#pragma unroll 1
-        while (waited.count < begin + count) {
-            barrier_wait(&state.full[waited.stage], waited.parity);
-            waited.step(bundles);
+        if (count > waited) {
+            next.step(bundles, count - waited - 1);
+            barrier_wait(&state.full[next.stage], next.parity);
+            next.step(bundles);
+            waited = count;
         }
     }
-    /* The tile begins `eighths` later than the one before: not so much later that the ring came round twice. */
-    __device__ __forceinline__ void go_on(int bundles, int eighths)
+    __device__ __forceinline__ void give_back(window_state &state, int bundles, int count)
     {
-        eighth += eighths;
-        eighth -= eighth >= 2 * bundles ? 2 * bundles : 0;
-    }
-    __device__ __forceinline__ void give_back(window_state &state, int bundles, uint32_t count)
-    {
+        const int lane = threadIdx.x % 32;
+        wait(state, bundles, count);
         __syncwarp();
-#pragma unroll 1
-        while (released.count < begin + count) {
-            wait(state, bundles, released.count + 1 - begin);
-            release(&state.free[released.stage]);
-            released.step(bundles);
+        if (lane < count - released) {
+            const int stage = first.stage + lane;
+            barrier_arrive(&state.free[stage >= bundles ? stage - bundles : stage]);
         }
+        first.step(bundles, count - released);
+        released = count;
     }
 };
 
-/* The ring's groups of eight keys of a tile. A product finds what it needs in registers that a warp has in common, so that `eighth` is
- * handed around. */
-struct ring_place {
-    int eighth, eighths; /* first of the tile, and of the ring */
-    __device__ __forceinline__ uint32_t behind(int steps) const
-    {
-        const int at = eighth + steps;
-        return (uint32_t)((at >= eighths ? at - eighths : at) * (1024 / 16));
-    }
-};
-
-__device__ __forceinline__ ring_place ring_place_of(const ring_hold &hold, int bundles)
+/* Where a tile begins in the ring, for descriptions, when what is before it was given back. A product finds what it needs in registers that
+ * a warp has in common, so that the number is handed around. */
+__device__ __forceinline__ uint32_t ring_place_of(const ring_hold &hold, int shift)
 {
-    return {__shfl_sync(~0u, hold.eighth, 0), 2 * bundles};
+    return (uint32_t)__shfl_sync(~0u, 2 * hold.first.stage + shift / 8 % 2, 0) * (1024 / 16);
 }
 
 /* A description `distance` 16-byte units further on. The upper half never changes. */
