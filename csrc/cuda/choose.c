@@ -440,7 +440,7 @@ static bool plan_window(sa_cuda_problem *p, const sa_cuda_device *device, const 
     p->splits = 1;
     p->row_tiles = tiles_of(p, o, 64);
     return units <= INT32_MAX &&
-           push(plan, kernel, min_i64(units, device->multiprocessors), SA_WINDOW_THREADS, 1, SA_WINDOW_SHARED(o->depth));
+           push(plan, kernel, min_i64(units, device->multiprocessors), SA_WINDOW_THREADS(o->bucket == 0 ? 64 : 128), 1, SA_WINDOW_SHARED(o->depth));
 }
 
 /* Tiles of 128 rows, which the same kernel has for calls that do to a score nothing but scale and hide it: a tenth faster for rows that see

@@ -44,6 +44,7 @@ __device__ __forceinline__ void store_streaming_16(void *target, const uint32_t 
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+#define SA_D36 SA_D32 ", %32, %33, %34, %35"
 #define SA_D68 SA_D64 ", %64, %65, %66, %67"
 #define SA_D72 SA_D68 ", %68, %69, %70, %71"
 #define SA_R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -68,10 +69,14 @@ template <typename T, int count> __device__ __forceinline__ void score_product(f
 {
     if constexpr (count == 8) {
         SA_PRODUCTS_TURNED("16", SA_D8, "8", "9", "10", "11", "12", "13", "0", SA_R8(d, 0));
+    } else if constexpr (count == 32) {
+        SA_PRODUCTS_TURNED("64", SA_D32, "32", "33", "34", "35", "36", "37", "0", SA_R32(d, 0));
+    } else if constexpr (count == 36) {
+        SA_PRODUCTS_TURNED("72", SA_D36, "36", "37", "38", "39", "40", "41", "0", SA_R32(d, 0), SA_R4(d, 32));
     } else if constexpr (count == 68) {
         SA_PRODUCTS_TURNED("136", SA_D68, "68", "69", "70", "71", "72", "73", "0", SA_R64(d), SA_R4(d, 64));
     } else {
-        static_assert(count == 72, "16, 136 or 144 keys");
+        static_assert(count == 72, "16, 64, 72, 136 or 144 keys");
         SA_PRODUCTS_TURNED("144", SA_D72, "72", "73", "74", "75", "76", "77", "0", SA_R64(d), SA_R8(d, 64));
     }
 }

@@ -8,7 +8,7 @@
 namespace sa
 {
 
-constexpr int window_groups = SA_WINDOW_GROUPS, window_warps = 4 * window_groups, copying_threads = 128, bundle = 16;
+constexpr int copying_threads = 128, bundle = 16;
 constexpr int tile_rows = 64, warp_rows = 16, group_limit = SA_WINDOW_HEADS;
 
 /* Consecutive tiles of one kv head of one row. Keys are counted from `origin` on, in lines; a tile works on `keys` lines from its shift on,
@@ -75,18 +75,18 @@ __device__ __forceinline__ spot spot_of(const sa_cuda_problem &p, const stretch 
     return t;
 }
 
-/* The next one of this warpgroup, maybe behind the stretch. */
-__device__ __forceinline__ void go_on(const sa_cuda_problem &p, const stretch &s, spot &t)
+/* `tiles` further, maybe behind the stretch. */
+template <int tiles> __device__ __forceinline__ void go_on(const sa_cuda_problem &p, const stretch &s, spot &t)
 {
     if (is_even_group(p)) {
-        const int step = window_groups * tile_rows >> (__ffs(p.group) - 1);
-        t.row += window_groups * tile_rows;
+        const int step = tiles * tile_rows >> (__ffs(p.group) - 1);
+        t.row += tiles * tile_rows;
         t.first += step;
         t.last += step;
         t.token[0] += step;
         t.token[1] += step;
     } else {
-        t = spot_of(p, s, (t.row - s.first_row) / tile_rows + window_groups);
+        t = spot_of(p, s, (t.row - s.first_row) / tile_rows + tiles);
     }
 }
 
@@ -212,11 +212,18 @@ struct ring_cursor {
     }
 };
 
+__device__ __forceinline__ void release(uint64_t *barrier)
+{
+    if (threadIdx.x % 32 == 0) {
+        barrier_arrive(barrier);
+    }
+}
+
 /* What a warp has of the ring: it waits for all bundles and gives all of them back, in order. They are counted from the stretch's first. */
 struct ring_hold {
     ring_cursor next, first; /* to be waited for, to be given back */
     int waited, released;
-    /* Copies land in order: what came before a bundle is there when it is. */
+    /* Bundles land in order: what came before one is there when it is. */
     __device__ __forceinline__ void wait(window_state &state, int bundles, int count)
     {
         if (count > waited) {

@@ -7,21 +7,33 @@
 namespace sa
 {
 
-/* A thread's share of a bundle. `again` 0: it lies in one place. */
-template <int depth>
-__device__ __forceinline__ void copy_bundle(const char *from, int64_t stride, int64_t line, int64_t low, int64_t high, bool within,
-                                            uint32_t target, uint32_t again)
+/* A thread's share of a bundle. `all`: every word of it is there. `again` 0: it lies in one place. */
+template <int depth, bool all>
+__device__ __forceinline__ void copy_words(const char *from, int64_t stride, int64_t line, int64_t low, int64_t high, bool within,
+                                           uint32_t target, uint32_t again)
 {
     constexpr int words = depth / 2, step = copying_threads / words;
 #pragma unroll
     for (int i = 0; i < bundle / step; i++) {
-        const bool copied = within && line + i * step >= low && line + i * step < high;
-        const char *source = from + i * step * stride;
+        const bool copied = all || (within && line + i * step >= low && line + i * step < high);
         const uint32_t turned = (i * step % 8) * 16; /* the swizzle */
-        copy_or_clear_4((target ^ turned) + i * step * 128, source, copied);
+        copy_or_clear_4((target ^ turned) + i * step * 128, from, copied);
         if (again != 0) {
-            copy_or_clear_4((again ^ turned) + i * step * 128, source, copied);
+            copy_or_clear_4((again ^ turned) + i * step * 128, from, copied);
         }
+        from += step * stride;
+    }
+}
+
+template <int depth>
+__device__ __forceinline__ void copy_bundle(const char *from, int64_t stride, int64_t line, int64_t low, int64_t high, int64_t width,
+                                            uint32_t target, uint32_t again)
+{
+    const int row = threadIdx.x % copying_threads / (depth / 2), word = threadIdx.x % copying_threads % (depth / 2);
+    if (width == depth && line - row >= low && line - row + bundle <= high) {
+        copy_words<depth, true>(from, stride, line, low, high, true, target, again);
+    } else {
+        copy_words<depth, false>(from, stride, line, low, high, word * 2 < width, target, again);
     }
 }
 
@@ -41,9 +53,9 @@ __device__ __forceinline__ void begin_stretch(const sa_cuda_problem &p, const st
     const int thread = threadIdx.x % copying_threads, row = thread / (depth / 2), word = thread % (depth / 2);
     const uint32_t offset = bundle_offset<depth>(bundle * 128);
     copy_bundle<depth>(element(p.key, s.batch, s.head, s.key_begin + row, 2) + word * 4, p.key.token * 2, row, 0, s.pinned,
-                       word * 2 < p.depth, m.pinned_keys + offset, 0);
+                       p.depth, m.pinned_keys + offset, 0);
     copy_bundle<depth>(element(p.value, s.batch, s.head, s.key_begin + row, 2) + word * 4, p.value.token * 2, row, 0, s.pinned,
-                       word * 2 < p.depth_v, m.pinned_values + offset, 0);
+                       p.depth_v, m.pinned_values + offset, 0);
     if (thread == 0) {
         state.now = s;
     }
@@ -54,9 +66,40 @@ __device__ __forceinline__ void begin_stretch(const sa_cuda_problem &p, const st
     for (int i = thread; p.sink_bias.given && i < p.group * (int)p.pinned; i += copying_threads) {
         state.bias[i] = number_at(p.sink_bias, s.head * p.group + i / p.pinned, i % p.pinned) * log2e;
     }
-    barrier_arrive(&state.stretch_full);
-    barrier_arrive_copied(&state.stretch_full);
+    barrier_arrive(&state.stretch_full); /* the copies are part of the first bundle */
 }
+
+/* Bundles on their way. The tensor cores may read a bundle when who wrote it saw it land and said so: some bundles later, so that copies
+ * overlap, or at once where there is nothing to copy. */
+struct landing {
+    static constexpr int most = 4;
+    ring_cursor first;
+    int count = 0;
+    __device__ __forceinline__ void announce(window_state &state, int bundles)
+    {
+        fence_async();
+        __syncwarp();
+        release(&state.full[first.stage]);
+        first.step(bundles);
+        count--;
+    }
+    __device__ __forceinline__ void add(window_state &state, int bundles)
+    {
+        copy_async_commit();
+        if (++count > most) {
+            copy_async_wait<most>();
+            announce(state, bundles);
+        }
+    }
+    __device__ __forceinline__ void finish(window_state &state, int bundles)
+    {
+        copy_async_wait<0>();
+#pragma unroll 1
+        while (count > 0) {
+            announce(state, bundles);
+        }
+    }
+};
 
 template <int depth, int keys> __device__ void copy_stretches(const sa_cuda_problem &p, window_state &state, const window_memory<depth> &m)
 {
@@ -64,6 +107,7 @@ template <int depth, int keys> __device__ void copy_stretches(const sa_cuda_prob
     const uint32_t offset = bundle_offset<depth>(m.panel);
     share own = share_of(p);
     ring_cursor at;
+    landing landing;
     for (uint32_t parity = 1;; parity ^= 1) {
         const stretch s = next_stretch<keys>(p, own);
         barrier_wait(&state.stretch_free, parity);
@@ -79,20 +123,22 @@ template <int depth, int keys> __device__ void copy_stretches(const sa_cuda_prob
         for (int i = 0; i < count; i++) {
             const uint32_t place = offset + at.stage * (bundle * 128);
             const uint32_t again = at.stage < m.repeated ? place + m.bundles * (bundle * 128) : 0;
-            barrier_wait(&state.free[at.stage], at.parity ^ 1);
-            copy_bundle<depth>(key, p.key.token * 2, line, low, s.key_count, word * 2 < p.depth, m.keys + place,
+            if (!barrier_is_over(&state.free[at.stage], at.parity ^ 1)) {
+                landing.finish(state, m.bundles);
+                barrier_wait(&state.free[at.stage], at.parity ^ 1);
+            }
+            copy_bundle<depth>(key, p.key.token * 2, line, low, s.key_count, p.depth, m.keys + place,
                                again ? m.keys + again : 0);
-            copy_bundle<depth>(value, p.value.token * 2, line, low, s.key_count, word * 2 < p.depth_v, m.values + place,
+            copy_bundle<depth>(value, p.value.token * 2, line, low, s.key_count, p.depth_v, m.values + place,
                                again ? m.values + again : 0);
-            barrier_arrive_copied(&state.full[at.stage]);
+            landing.add(state, m.bundles);
             at.step(m.bundles);
             line += bundle;
             key += bundle * p.key.token * 2;
             value += bundle * p.value.token * 2;
         }
+        landing.finish(state, m.bundles);
     }
-    copy_async_commit();
-    copy_async_wait<0>();
 }
 
 } // namespace sa

@@ -134,7 +134,13 @@ __device__ __forceinline__ void issue_scores(const window_memory<depth> &m, uint
     const uint64_t first = further(describe_panels(m.keys, 16, 1024), ring);
 #pragma unroll
     for (int step = 0; step < depth / 16; step++) {
-        score_product<T, keys / 2>(scores, &queries[4 * step], further(first, step / 4 * (m.panel / 16) + step % 4 * 2), step > 0);
+        const uint64_t at = further(first, step / 4 * (m.panel / 16) + step % 4 * 2);
+        if constexpr (SA_WINDOW_GROUPS(depth) == 4) { /* as one, they ask for more registers than four warpgroups have before they take some */
+            score_product<T, 36>(scores, &queries[4 * step], at, step > 0);
+            score_product<T, keys / 2 - 36>(scores + 36, &queries[4 * step], further(at, 9 * 1024 / 16), step > 0);
+        } else {
+            score_product<T, keys / 2>(scores, &queries[4 * step], at, step > 0);
+        }
     }
 }
 
@@ -297,7 +303,7 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
         decorate<keys>(p, s, state, t, high, scores, more);
     }
     spot next = t;
-    go_on(p, s, next);
+    go_on<SA_WINDOW_GROUPS(depth)>(p, s, next);
     if (depth == 64) {
         fetch_queries<depth>(p, p.query, s.query, s, next, raw);
     } else {
@@ -357,11 +363,10 @@ __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const
         fetch_queries<depth>(p, p.query, s.query, s, t, raw);
     }
 #pragma unroll 1
-    for (int tile = group; tile < s.tiles; tile += window_groups) {
+    for (int tile = group; tile < s.tiles; tile += SA_WINDOW_GROUPS(depth)) {
         const int shift = shift_of(s, t);
         hold.give_back(state, m.bundles, shift / bundle);
         hold.wait(state, m.bundles, bundles_until<keys>(shift));
-        fence_async();
         const uint32_t ring = ring_place_of(hold, shift);
         if (featured) {
             multiply_tile<T, depth, keys, true, true>(p, s, state, m, ring, t, raw);
@@ -396,11 +401,11 @@ template <typename T, int depth, int keys> __device__ __forceinline__ void prefi
     const window_memory<depth> m = window_memory_of<depth>(p, memory);
     if (threadIdx.x == 0) {
         for (int i = 0; i < m.bundles; i++) {
-            barrier_init(&state.full[i], copying_threads);
-            barrier_init(&state.free[i], window_warps);
+            barrier_init(&state.full[i], copying_threads / 32);
+            barrier_init(&state.free[i], 4 * SA_WINDOW_GROUPS(depth));
         }
-        barrier_init(&state.stretch_full, 2 * copying_threads);
-        barrier_init(&state.stretch_free, 32 * window_warps);
+        barrier_init(&state.stretch_full, copying_threads);
+        barrier_init(&state.stretch_free, 128 * SA_WINDOW_GROUPS(depth));
         fence_async();
     }
     __syncthreads();
@@ -408,7 +413,7 @@ template <typename T, int depth, int keys> __device__ __forceinline__ void prefi
         leave_registers<SA_WINDOW_COPYING_REGISTERS>();
         copy_stretches<depth, keys>(p, state, m);
     } else {
-        take_registers<SA_WINDOW_REGISTERS>();
+        take_registers<SA_WINDOW_REGISTERS(depth)>();
         multiply_stretches<T, depth, keys>(p, state, m);
     }
 }
@@ -425,7 +430,7 @@ template <typename T, int depth, int keys> __device__ void prefill_window(const 
 } // namespace sa
 
 #define SA_WINDOW(name, depth, keys)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(SA_WINDOW_THREADS, 1)                                                                     \
+    extern "C" __global__ void __launch_bounds__(SA_WINDOW_THREADS(depth), 1)                                                                   \
         prefill_window_##name##_##depth##_##keys(const __grid_constant__ sa_cuda_problem p)                                                \
     {                                                                                                                                      \
         sa::prefill_window<sa::name, depth, keys>(p);                                                                                      \

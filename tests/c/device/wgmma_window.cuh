@@ -40,14 +40,16 @@ inline void barrier_arrive_copied(uint64_t *barrier)
     barrier_arrive(barrier);
 }
 
+inline bool barrier_is_over(uint64_t *barrier, uint32_t parity)
+{
+    phased state;
+    memcpy(&state, barrier, sizeof state);
+    return (state.over & 1) != parity;
+}
+
 inline void barrier_wait(uint64_t *barrier, uint32_t parity)
 {
-    for (;;) {
-        phased state;
-        memcpy(&state, barrier, sizeof state);
-        if ((state.over & 1) != parity) {
-            return;
-        }
+    while (!barrier_is_over(barrier, parity)) {
         device::yield();
     }
 }
