@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <stdbool.h>
+#include <stdlib.h>
 
 #include "../core/integers.h"
 
@@ -15,7 +16,8 @@ enum {
     WIDE = PREFILL + 6, /* depth 64 and 128 */
     HOPPER = WIDE + 4,
     WINDOW = HOPPER + 2 * FORMS, /* depth 64 and 128, each with fewer keys and with more */
-    ATTEND_F32 = WINDOW + 8,
+    WINDOW_BARE = WINDOW + 8,    /* depth 64 with fewer keys */
+    ATTEND_F32 = WINDOW_BARE + 2,
     ROTATE = ATTEND_F32 + 3,
     COMMIT,
     MASS,
@@ -61,6 +63,8 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"prefill_window_bf16_64_144", "window_sm90"},
     {"prefill_window_bf16_128_136", "window_sm90"},
     {"prefill_window_bf16_128_144", "window_sm90"},
+    {"prefill_window_bare_f16_64_136", "window_sm90"},
+    {"prefill_window_bare_bf16_64_136", "window_sm90"},
     {"attend_f32_64", "attend_f32"},
     {"attend_f32_128", "attend_f32"},
     {"attend_f32_256", "attend_f32"},
@@ -420,6 +424,13 @@ static int form_of(const sa_cuda_problem *p, const sa_cuda_device *device)
     return -1;
 }
 
+/* The kernel of narrow windows goes from row to row of queries and outputs by bytes in 32 bits. */
+static bool steps_fit(const sa_cuda_tensor *tensor)
+{
+    const int64_t limit = INT32_MAX / 2;
+    return tensor->data == NULL || (llabs(tensor->head) <= limit && llabs(tensor->token) <= limit);
+}
+
 /* Does the kernel of narrow windows serve a call? All that a tile of rows sees has to fit into registers. */
 static bool suits_window(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *o)
 {
@@ -429,18 +440,20 @@ static bool suits_window(const sa_cuda_problem *p, const sa_cuda_device *device,
     const bool biased = !p->sink_bias.given || o->group * p->pinned <= SA_WINDOW_BIASES;
     return device->wgmma && o->bucket < 2 && !other && fits && biased && p->aligned && p->scale > 0.0f &&
            tensor_in_pieces(&p->query, p->depth, 2) && tensor_in_pieces(&p->sink_query, p->depth, 2) &&
-           tensor_in_pieces(&p->output, p->depth_v, 2);
+           tensor_in_pieces(&p->output, p->depth_v, 2) && steps_fit(&p->query) && steps_fit(&p->sink_query) && steps_fit(&p->output);
 }
 
 static bool plan_window(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
 {
     const int64_t units = units_of(p, o, 64);
     const int more = p->common_window > SA_WINDOW_FEWER_KEYS - SA_WINDOW_SPAN(o->group) + 1;
-    const int kernel = WINDOW + (p->dtype == SA_CUDA_BF16 ? 4 : 0) + 2 * o->bucket + more;
+    const int bf16 = p->dtype == SA_CUDA_BF16, bare = o->bucket == 0 && !more && p->pinned == 0 && is_plain(p);
+    const int kernel = bare ? WINDOW_BARE + bf16 : WINDOW + 4 * bf16 + 2 * o->bucket + more;
+    const int groups = bare ? SA_WINDOW_MORE_GROUPS : SA_WINDOW_GROUPS;
     p->splits = 1;
     p->row_tiles = tiles_of(p, o, 64);
     return units <= INT32_MAX &&
-           push(plan, kernel, min_i64(units, device->multiprocessors), SA_WINDOW_THREADS(o->bucket == 0 ? 64 : 128), 1, SA_WINDOW_SHARED(o->depth));
+           push(plan, kernel, min_i64(units, device->multiprocessors), SA_WINDOW_THREADS(groups), 1, SA_WINDOW_SHARED(o->depth));
 }
 
 /* Tiles of 128 rows, which the same kernel has for calls that do to a score nothing but scale and hide it: a tenth faster for rows that see

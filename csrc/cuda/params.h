@@ -167,6 +167,8 @@ enum {
     SA_HOPPER_FEW = 16, /* keys of a small box: the pinned ones, and halves of what is left of a window */
     SA_WINDOW_KEYS = 144,   /* of a tile of 64 rows, the pinned ones apart, or 136 where that is enough */
     SA_WINDOW_FEWER_KEYS = 136,
+    SA_WINDOW_GROUPS = 3,      /* warpgroups that multiply */
+    SA_WINDOW_MORE_GROUPS = 4, /* where that leaves registers enough: depth 64, fewer keys, nothing pinned, scores scaled and hidden alone */
     SA_WINDOW_COPYING_REGISTERS = 32,
     SA_WINDOW_HEADS = 64,   /* of a group, at most */
     SA_WINDOW_PINNED = 16,  /* at most */
@@ -221,9 +223,8 @@ enum {
  * seven more where tiles don't begin at multiples of eight. */
 #define SA_WINDOW_SPAN(group) (64 % ((group) * 8) == 0 ? 64 / (group) : (63 + (group) - 1) / (group) + 1 + 7)
 #define SA_WINDOW_STATE_SHARED 3072
-#define SA_WINDOW_GROUPS(depth) 3 /* warpgroups that multiply */
-#define SA_WINDOW_REGISTERS(depth) 160
-#define SA_WINDOW_THREADS(depth) (128 * (1 + SA_WINDOW_GROUPS(depth)))
+#define SA_WINDOW_THREADS(groups) (128 * (1 + (groups)))
+#define SA_WINDOW_REGISTERS(groups) ((groups) == SA_WINDOW_GROUPS ? 160 : 112)
 #define SA_WINDOW_BUNDLES(depth) ((depth) == 64 ? 54 : 26) /* of 16 keys, in the ring */
 #define SA_WINDOW_SHARED(depth) (SA_WINDOW_STATE_SHARED + 2 * (depth) * 2 * 16 * (SA_WINDOW_BUNDLES(depth) + 1))
 

@@ -127,7 +127,7 @@ __device__ __forceinline__ void weigh(float scale, const float (&anchor)[2], con
     }
 }
 
-template <typename T, int depth, int keys>
+template <typename T, int depth, int keys, int groups>
 __device__ __forceinline__ void issue_scores(const window_memory<depth> &m, uint32_t ring, const uint32_t (&queries)[depth / 4],
                                              float (&scores)[keys / 2])
 {
@@ -135,7 +135,7 @@ __device__ __forceinline__ void issue_scores(const window_memory<depth> &m, uint
 #pragma unroll
     for (int step = 0; step < depth / 16; step++) {
         const uint64_t at = further(first, step / 4 * (m.panel / 16) + step % 4 * 2);
-        if constexpr (SA_WINDOW_GROUPS(depth) == 4) { /* as one, they ask for more registers than four warpgroups have before they take some */
+        if constexpr (groups > SA_WINDOW_GROUPS) { /* all at once ask for more registers than a thread has before it takes some */
             score_product<T, 36>(scores, &queries[4 * step], at, step > 0);
             score_product<T, keys / 2 - 36>(scores + 36, &queries[4 * step], further(at, 9 * 1024 / 16), step > 0);
         } else {
@@ -268,12 +268,13 @@ __device__ __forceinline__ void decorate(const sa_cuda_problem &p, const stretch
     }
 }
 
-template <typename T, int depth, int keys, bool pinned, bool featured>
+template <typename T, int depth, int keys, int groups, bool pinned, bool featured>
 __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const stretch &s, const window_state &state,
                                               const window_memory<depth> &m, uint32_t ring, spot &t,
                                               uint32_t (&raw)[depth / 4])
 {
     uint32_t queries[depth / 4];
+    constexpr bool roomy = depth == 64 && groups == SA_WINDOW_GROUPS; /* the next queries may come early */
     float scores[keys / 2], more[8], values[depth / 2];
     uint32_t weights[lines<keys> / 4] = {}, others[4];
     int low[2], high[2], held[2];
@@ -281,7 +282,7 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
     pin(scores);
     pin(more);
     products_begin();
-    issue_scores<T, depth, keys>(m, ring, queries, scores);
+    issue_scores<T, depth, keys, groups>(m, ring, queries, scores);
     if (pinned && !featured) {
         issue_pinned<T, depth>(m, queries, more);
     }
@@ -303,8 +304,8 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
         decorate<keys>(p, s, state, t, high, scores, more);
     }
     spot next = t;
-    go_on<SA_WINDOW_GROUPS(depth)>(p, s, next);
-    if (depth == 64) {
+    go_on<groups>(p, s, next);
+    if (roomy) {
         fetch_queries<depth>(p, p.query, s.query, s, next, raw);
     } else {
         expect_queries<depth>(p, p.query, s.query, s, next);
@@ -341,7 +342,7 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
     issue_values<T, depth, keys, pinned>(m, ring, weights, others, values);
     products_wait<0>();
     pin(values);
-    if (depth > 64) { /* before, there is no room for them */
+    if (!roomy) {
         fetch_queries<depth>(p, p.query, s.query, s, next, raw);
     }
     maximum[0] *= scale;
@@ -350,7 +351,7 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
     t = next;
 }
 
-template <typename T, int depth, int keys>
+template <typename T, int depth, int keys, int groups>
 __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const stretch &s, window_state &state,
                                                  const window_memory<depth> &m, ring_hold &hold)
 {
@@ -363,23 +364,25 @@ __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const
         fetch_queries<depth>(p, p.query, s.query, s, t, raw);
     }
 #pragma unroll 1
-    for (int tile = group; tile < s.tiles; tile += SA_WINDOW_GROUPS(depth)) {
+    for (int tile = group; tile < s.tiles; tile += groups) {
         const int shift = shift_of(s, t);
         hold.give_back(state, m.bundles, shift / bundle);
         hold.wait(state, m.bundles, bundles_until<keys>(shift));
         const uint32_t ring = ring_place_of(hold, shift);
-        if (featured) {
-            multiply_tile<T, depth, keys, true, true>(p, s, state, m, ring, t, raw);
-        } else if (p.pinned > 0) {
-            multiply_tile<T, depth, keys, true, false>(p, s, state, m, ring, t, raw);
+        if constexpr (groups > SA_WINDOW_GROUPS) {
+            multiply_tile<T, depth, keys, groups, false, false>(p, s, state, m, ring, t, raw);
+        } else if (featured) {
+            multiply_tile<T, depth, keys, groups, true, true>(p, s, state, m, ring, t, raw);
+        } else if (p.pinned > 0 || (depth == 64 && keys == SA_WINDOW_FEWER_KEYS)) { /* a bare one has a kernel of its own */
+            multiply_tile<T, depth, keys, groups, true, false>(p, s, state, m, ring, t, raw);
         } else {
-            multiply_tile<T, depth, keys, false, false>(p, s, state, m, ring, t, raw);
+            multiply_tile<T, depth, keys, groups, false, false>(p, s, state, m, ring, t, raw);
         }
     }
     hold.give_back(state, m.bundles, bundles_of<keys>(p, s));
 }
 
-template <typename T, int depth, int keys>
+template <typename T, int depth, int keys, int groups>
 __device__ void multiply_stretches(const sa_cuda_problem &p, window_state &state, const window_memory<depth> &m)
 {
     ring_hold hold = {};
@@ -389,12 +392,12 @@ __device__ void multiply_stretches(const sa_cuda_problem &p, window_state &state
         if (s.tiles == 0) {
             break;
         }
-        multiply_stretch<T, depth, keys>(p, s, state, m, hold);
+        multiply_stretch<T, depth, keys, groups>(p, s, state, m, hold);
         barrier_arrive(&state.stretch_free);
     }
 }
 
-template <typename T, int depth, int keys> __device__ __forceinline__ void prefill_window(const sa_cuda_problem &p)
+template <typename T, int depth, int keys, int groups> __device__ __forceinline__ void prefill_window(const sa_cuda_problem &p)
 {
     extern __shared__ __align__(1024) char memory[];
     window_state &state = *(window_state *)memory;
@@ -402,10 +405,10 @@ template <typename T, int depth, int keys> __device__ __forceinline__ void prefi
     if (threadIdx.x == 0) {
         for (int i = 0; i < m.bundles; i++) {
             barrier_init(&state.full[i], copying_threads / 32);
-            barrier_init(&state.free[i], 4 * SA_WINDOW_GROUPS(depth));
+            barrier_init(&state.free[i], 4 * groups);
         }
         barrier_init(&state.stretch_full, copying_threads);
-        barrier_init(&state.stretch_free, 128 * SA_WINDOW_GROUPS(depth));
+        barrier_init(&state.stretch_free, 128 * groups);
         fence_async();
     }
     __syncthreads();
@@ -413,14 +416,14 @@ template <typename T, int depth, int keys> __device__ __forceinline__ void prefi
         leave_registers<SA_WINDOW_COPYING_REGISTERS>();
         copy_stretches<depth, keys>(p, state, m);
     } else {
-        take_registers<SA_WINDOW_REGISTERS(depth)>();
-        multiply_stretches<T, depth, keys>(p, state, m);
+        take_registers<SA_WINDOW_REGISTERS(groups)>();
+        multiply_stretches<T, depth, keys, groups>(p, state, m);
     }
 }
 
 #else
 
-template <typename T, int depth, int keys> __device__ void prefill_window(const sa_cuda_problem &)
+template <typename T, int depth, int keys, int groups> __device__ void prefill_window(const sa_cuda_problem &)
 {
     __trap(); /* choose.c sends nothing here */
 }
@@ -429,18 +432,20 @@ template <typename T, int depth, int keys> __device__ void prefill_window(const 
 
 } // namespace sa
 
-#define SA_WINDOW(name, depth, keys)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(SA_WINDOW_THREADS(depth), 1)                                                                   \
-        prefill_window_##name##_##depth##_##keys(const __grid_constant__ sa_cuda_problem p)                                                \
+#define SA_WINDOW(form, name, depth, keys, groups)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(SA_WINDOW_THREADS(groups), 1)                                                             \
+        prefill_##form##_##name##_##depth##_##keys(const __grid_constant__ sa_cuda_problem p)                                              \
     {                                                                                                                                      \
-        sa::prefill_window<sa::name, depth, keys>(p);                                                                                      \
+        sa::prefill_window<sa::name, depth, keys, groups>(p);                                                                              \
     }
 
-SA_WINDOW(f16, 64, 136)
-SA_WINDOW(f16, 64, 144)
-SA_WINDOW(f16, 128, 136)
-SA_WINDOW(f16, 128, 144)
-SA_WINDOW(bf16, 64, 136)
-SA_WINDOW(bf16, 64, 144)
-SA_WINDOW(bf16, 128, 136)
-SA_WINDOW(bf16, 128, 144)
+SA_WINDOW(window, f16, 64, 136, SA_WINDOW_GROUPS)
+SA_WINDOW(window, f16, 64, 144, SA_WINDOW_GROUPS)
+SA_WINDOW(window, f16, 128, 136, SA_WINDOW_GROUPS)
+SA_WINDOW(window, f16, 128, 144, SA_WINDOW_GROUPS)
+SA_WINDOW(window, bf16, 64, 136, SA_WINDOW_GROUPS)
+SA_WINDOW(window, bf16, 64, 144, SA_WINDOW_GROUPS)
+SA_WINDOW(window, bf16, 128, 136, SA_WINDOW_GROUPS)
+SA_WINDOW(window, bf16, 128, 144, SA_WINDOW_GROUPS)
+SA_WINDOW(window_bare, f16, 64, 136, SA_WINDOW_MORE_GROUPS)
+SA_WINDOW(window_bare, bf16, 64, 136, SA_WINDOW_MORE_GROUPS)
