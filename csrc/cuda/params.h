@@ -167,8 +167,9 @@ enum {
     SA_HOPPER_FEW = 16, /* keys of a small box: the pinned ones, and halves of what is left of a window */
     SA_WINDOW_KEYS = 144,   /* of a tile of 64 rows, the pinned ones apart, or 136 where that is enough */
     SA_WINDOW_FEWER_KEYS = 136,
-    SA_WINDOW_GROUPS = 3,      /* warpgroups that multiply */
-    SA_WINDOW_MORE_GROUPS = 4, /* where that leaves registers enough: depth 64, fewer keys, nothing pinned, scores scaled and hidden alone */
+    SA_WINDOW_GROUPS = 3,   /* warpgroups that multiply */
+    SA_WINDOW_THREADS = 128 * (1 + SA_WINDOW_GROUPS),
+    SA_WINDOW_REGISTERS = 160,
     SA_WINDOW_COPYING_REGISTERS = 32,
     SA_WINDOW_HEADS = 64,   /* of a group, at most */
     SA_WINDOW_PINNED = 16,  /* at most */
@@ -223,10 +224,9 @@ enum {
  * seven more where tiles don't begin at multiples of eight. */
 #define SA_WINDOW_SPAN(group) (64 % ((group) * 8) == 0 ? 64 / (group) : (63 + (group) - 1) / (group) + 1 + 7)
 #define SA_WINDOW_STATE_SHARED 3072
-#define SA_WINDOW_THREADS(groups) (128 * (1 + (groups)))
-#define SA_WINDOW_REGISTERS(groups) ((groups) == SA_WINDOW_GROUPS ? 160 : 112)
-#define SA_WINDOW_BUNDLES(depth) ((depth) == 64 ? 54 : 26) /* of 16 keys, in the ring */
-#define SA_WINDOW_SHARED(depth) (SA_WINDOW_STATE_SHARED + 2 * (depth) * 2 * 16 * (SA_WINDOW_BUNDLES(depth) + 1))
+#define SA_WINDOW_BUNDLES(depth) ((depth) == 64 ? 32 : 15) /* of 16 keys, in the ring */
+#define SA_WINDOW_SHARED(depth)                                                                                                            \
+    (SA_WINDOW_STATE_SHARED + 2 * (depth) * (2 * 16 * (SA_WINDOW_BUNDLES(depth) + 1) + SA_WINDOW_GROUPS * 64 * 2))
 
 #define SA_MASS_SHARED_TOTALS(stride) ((4 * (SA_MASS_KEYS + SA_MASS_ROWS) * (stride) + 7) / 8 * 8)
 #define SA_MASS_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS((depth) + 1) + 8 * 32 * SA_MASS_WARPS)

@@ -40,20 +40,6 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity)
                  : "memory");
 }
 
-__device__ __forceinline__ bool barrier_is_over(uint64_t *barrier, uint32_t parity)
-{
-    uint32_t over;
-    asm volatile("{\n"
-                 ".reg .pred over;\n"
-                 "mbarrier.test_wait.parity.shared::cta.b64 over, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, over;\n"
-                 "}"
-                 : "=r"(over)
-                 : "r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
-    return over != 0;
-}
-
 /* Named barriers 1 .. 15. */
 __device__ __forceinline__ void meet(int barrier, int threads)
 {

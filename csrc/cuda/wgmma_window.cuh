@@ -7,46 +7,33 @@
 namespace sa
 {
 
-/* Copies 4 bytes, or writes as many zeros. */
-__device__ __forceinline__ void copy_or_clear_4(uint32_t target, const void *source, bool copied)
+/* The opposite of load_matrices. */
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&tiles)[4])
 {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(copied ? 4 : 0) : "memory");
-}
-
-/* 16 bytes that are read once. */
-__device__ __forceinline__ void load_streaming_16(uint32_t *x, const void *source)
-{
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "l"(source)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(tiles[0]), "r"(tiles[1]),
+                 "r"(tiles[2]), "r"(tiles[3])
                  : "memory");
 }
 
-/* The compiler would multiply words of 64 bits. */
-__device__ __forceinline__ char *at_step(char *base, int count, int step)
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address)
 {
-    char *place;
-    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(place) : "r"(count), "r"(step), "l"(base));
-    return place;
-}
-
-/* A line of memory that is read soon. */
-__device__ __forceinline__ void expect(const void *source)
-{
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+    return x;
 }
 
 /* 16 bytes that nobody reads soon. */
-__device__ __forceinline__ void store_streaming_16(void *target, const uint32_t (&x)[4])
+__device__ __forceinline__ void store_streaming_16(void *target, uint4 x)
 {
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-#define SA_D36 SA_D32 ", %32, %33, %34, %35"
-#define SA_D68 SA_D64 ", %64, %65, %66, %67"
-#define SA_D72 SA_D68 ", %68, %69, %70, %71"
+#define SA_D24                                                                                                                             \
+    SA_D8 ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
+
+#define SA_D20 SA_D8 ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
 #define SA_R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 
 /* D (+)= A B, A from registers; B from shared memory along k (turned 0) or along n (1). `joined` 0 forgets what D held. */
@@ -69,15 +56,11 @@ template <typename T, int count> __device__ __forceinline__ void score_product(f
 {
     if constexpr (count == 8) {
         SA_PRODUCTS_TURNED("16", SA_D8, "8", "9", "10", "11", "12", "13", "0", SA_R8(d, 0));
-    } else if constexpr (count == 32) {
-        SA_PRODUCTS_TURNED("64", SA_D32, "32", "33", "34", "35", "36", "37", "0", SA_R32(d, 0));
-    } else if constexpr (count == 36) {
-        SA_PRODUCTS_TURNED("72", SA_D36, "36", "37", "38", "39", "40", "41", "0", SA_R32(d, 0), SA_R4(d, 32));
-    } else if constexpr (count == 68) {
-        SA_PRODUCTS_TURNED("136", SA_D68, "68", "69", "70", "71", "72", "73", "0", SA_R64(d), SA_R4(d, 64));
+    } else if constexpr (count == 20) {
+        SA_PRODUCTS_TURNED("40", SA_D20, "20", "21", "22", "23", "24", "25", "0", SA_R8(d, 0), SA_R8(d, 8), SA_R4(d, 16));
     } else {
-        static_assert(count == 72, "16, 64, 72, 136 or 144 keys");
-        SA_PRODUCTS_TURNED("144", SA_D72, "72", "73", "74", "75", "76", "77", "0", SA_R64(d), SA_R8(d, 64));
+        static_assert(count == 24, "16, 40 or 48 keys");
+        SA_PRODUCTS_TURNED("48", SA_D24, "24", "25", "26", "27", "28", "29", "0", SA_R8(d, 0), SA_R8(d, 8), SA_R8(d, 16));
     }
 }
 

@@ -8,7 +8,7 @@
 namespace sa
 {
 
-constexpr int copying_threads = 128, bundle = 16;
+constexpr int window_groups = SA_WINDOW_GROUPS, window_warps = 4 * window_groups, copying_threads = 128, bundle = 16;
 constexpr int tile_rows = 64, warp_rows = 16, group_limit = SA_WINDOW_HEADS;
 
 /* Consecutive tiles of one kv head of one row. Keys are counted from `origin` on, in lines; a tile works on `keys` lines from its shift on,
@@ -30,14 +30,20 @@ struct stretch {
 /* Everything in shared memory but the elements. */
 struct window_state {
     uint64_t full[SA_WINDOW_BUNDLES(64)], free[SA_WINDOW_BUNDLES(64)];
-    uint64_t stretch_full, stretch_free;
+    uint64_t stretch_full, stretch_free; /* what follows; all arrive as themselves, which racecheck understands */
+    uint64_t pinned_full;                /* pinned keys and values, by arrivals of copies */
     stretch now;                                 /* no tiles: the end */
     float sink[group_limit], slope[group_limit]; /* log2 units */
     float bias[SA_WINDOW_BIASES];                /* [group, pinned], log2 units */
 };
 static_assert(sizeof(window_state) <= SA_WINDOW_STATE_SHARED, "room for what is known of the heads");
 
-/* Groups of 2, 4, 8 .. heads: every tile begins with the first head, and rows of all tiles look alike. */
+/* A tile: its first row, whose query and head in the group, and its first line. */
+struct spot {
+    int row, token, head, shift;
+};
+
+/* Groups of 2, 4, 8 .. heads: shifts instead of divisions, and every tile begins with the first head. */
 __device__ __forceinline__ bool is_even_group(const sa_cuda_problem &p)
 {
     return (p.group & (p.group - 1)) == 0;
@@ -48,66 +54,35 @@ __device__ __forceinline__ int token_of(const sa_cuda_problem &p, int row)
     return is_even_group(p) ? row >> (__ffs(p.group) - 1) : (int)((uint32_t)row / (uint32_t)p.group);
 }
 
-/* A tile: its first row and this row's query, the query of its last row, and two rows of this thread, 8 apart: query and head in the group. */
-struct spot {
-    int row, first, last;
-    int token[2], head[2];
-};
-
-__device__ __forceinline__ int own_row()
-{
-    return threadIdx.x / 32 % 4 * warp_rows + threadIdx.x % 32 / 4;
-}
-
 __device__ __forceinline__ spot spot_of(const sa_cuda_problem &p, const stretch &s, int tile)
 {
-    spot t;
-    t.row = s.first_row + tile * tile_rows;
-    t.first = token_of(p, t.row);
-    const int head = t.row - t.first * p.group;
-    t.last = t.first + (int)((uint32_t)(head + tile_rows - 1) * s.inverse >> 16);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int at = head + own_row() + 8 * half, skipped = (int)((uint32_t)at * s.inverse >> 16);
-        t.token[half] = t.first + skipped;
-        t.head[half] = at - skipped * p.group;
-    }
-    return t;
+    const int row = s.first_row + tile * tile_rows, token = token_of(p, row);
+    return {row, token, row - token * p.group, (token - s.first_token) & ~7};
 }
 
-/* `tiles` further, maybe behind the stretch. */
-template <int tiles> __device__ __forceinline__ void go_on(const sa_cuda_problem &p, const stretch &s, spot &t)
-{
-    if (is_even_group(p)) {
-        const int step = tiles * tile_rows >> (__ffs(p.group) - 1);
-        t.row += tiles * tile_rows;
-        t.first += step;
-        t.last += step;
-        t.token[0] += step;
-        t.token[1] += step;
-    } else {
-        t = spot_of(p, s, (t.row - s.first_row) / tile_rows + tiles);
-    }
-}
+/* Query and head in the group of row `row` of a tile. */
+struct owner {
+    int token, head;
+};
 
-/* Lines of the stretch before the tile's first. */
-__device__ __forceinline__ int shift_of(const stretch &s, const spot &t)
+__device__ __forceinline__ owner owner_of(const sa_cuda_problem &p, const stretch &s, const spot &t, int row)
 {
-    return (t.first - s.first_token) & ~7;
+    const int skipped = (int)((uint32_t)(t.head + row) * s.inverse >> 16);
+    return {t.token + skipped, t.head + row - skipped * p.group};
 }
 
 /* A product with values takes 16 keys: the last ones of a tile may be nobody's, with weight 0. */
 template <int keys> constexpr int lines = (keys + 15) / 16 * 16;
 
-/* Bundles of the stretch that a tile at this shift needs, with all before it. */
-template <int keys> __device__ __forceinline__ int bundles_until(int shift)
+/* Bundles of the stretch that a tile needs, with all before it. */
+template <int keys> __device__ __forceinline__ int bundles_until(const spot &t)
 {
-    return (shift + lines<keys> + bundle - 1) / bundle;
+    return (t.shift + lines<keys> + bundle - 1) / bundle;
 }
 
 template <int keys> __device__ __forceinline__ int bundles_of(const sa_cuda_problem &p, const stretch &s)
 {
-    return bundles_until<keys>((token_of(p, s.first_row + (s.tiles - 1) * tile_rows) - s.first_token) & ~7);
+    return bundles_until<keys>(spot_of(p, s, s.tiles - 1));
 }
 
 /* --- who does what ----------------------------------------------------------------------------------------------------------------- */
@@ -181,7 +156,7 @@ template <int keys> __device__ __forceinline__ stretch next_stretch(const sa_cud
 /* Where things lie: addresses, and a ring of `bundles` bundles whose first ones are repeated behind its end, so that no product wraps. */
 template <int depth> struct window_memory {
     static constexpr uint32_t row_bytes = depth * 2, panel = SA_WINDOW_BUNDLES(depth) * bundle * 128, ring_bytes = panel * (depth / 64);
-    uint32_t keys, values, pinned_keys, pinned_values;
+    uint32_t keys, values, pinned_keys, pinned_values, queries;
     int bundles, repeated;
 };
 
@@ -193,20 +168,20 @@ template <int depth> __device__ __forceinline__ window_memory<depth> window_memo
     m.values = m.keys + layout::ring_bytes;
     m.pinned_keys = m.values + layout::ring_bytes;
     m.pinned_values = m.pinned_keys + bundle * layout::row_bytes;
-    m.repeated = 64 % (16 * p.group) == 0 ? 8 : 9; /* 144 keys from a multiple of 16, or of 8 */
+    m.queries = m.pinned_values + bundle * layout::row_bytes;
+    m.repeated = 64 % (16 * p.group) == 0 ? 2 : 3; /* 48 keys from a multiple of 16, or of 8 */
     m.bundles = SA_WINDOW_BUNDLES(depth) - m.repeated;
     return m;
 }
 
 struct ring_cursor {
     int stage = 0;
-    uint32_t parity = 0;
-    /* `count` bundles further, not more than the ring has. */
-    __device__ __forceinline__ void step(int stages, int count = 1)
+    uint32_t parity = 0, count = 0;
+    __device__ __forceinline__ void step(int stages)
     {
-        stage += count;
-        if (stage >= stages) {
-            stage -= stages;
+        count++;
+        if (++stage == stages) {
+            stage = 0;
             parity ^= 1;
         }
     }
@@ -219,39 +194,51 @@ __device__ __forceinline__ void release(uint64_t *barrier)
     }
 }
 
-/* What a warp has of the ring: it waits for all bundles and gives all of them back, in order. They are counted from the stretch's first. */
+/* What a warp has of the ring: it waits for all bundles and gives all of them back, in order. */
 struct ring_hold {
-    ring_cursor next, first; /* to be waited for, to be given back */
-    int waited, released;
-    /* Bundles land in order: what came before one is there when it is. */
-    __device__ __forceinline__ void wait(window_state &state, int bundles, int count)
+    ring_cursor waited, released;
+    uint32_t begin; /* bundles of the stretches before */
+    int eighth;     /* of the ring, where the tile begins */
+    __device__ __forceinline__ void wait(window_state &state, int bundles, uint32_t count)
     {
-        if (count > waited) {
-            next.step(bundles, count - waited - 1);
-            barrier_wait(&state.full[next.stage], next.parity);
-            next.step(bundles);
-            waited = count;
+#pragma unroll 1
+        while (waited.count < begin + count) {
+            barrier_wait(&state.full[waited.stage], waited.parity);
+            waited.step(bundles);
         }
     }
-    __device__ __forceinline__ void give_back(window_state &state, int bundles, int count)
+    /* The tile begins `eighths` later than the one before: not so much later that the ring came round twice. */
+    __device__ __forceinline__ void go_on(int bundles, int eighths)
     {
-        const int lane = threadIdx.x % 32;
-        wait(state, bundles, count);
+        eighth += eighths;
+        eighth -= eighth >= 2 * bundles ? 2 * bundles : 0;
+    }
+    __device__ __forceinline__ void give_back(window_state &state, int bundles, uint32_t count)
+    {
         __syncwarp();
-        if (lane < count - released) {
-            const int stage = first.stage + lane;
-            barrier_arrive(&state.free[stage >= bundles ? stage - bundles : stage]);
+#pragma unroll 1
+        while (released.count < begin + count) {
+            wait(state, bundles, released.count + 1 - begin);
+            release(&state.free[released.stage]);
+            released.step(bundles);
         }
-        first.step(bundles, count - released);
-        released = count;
     }
 };
 
-/* Where a tile begins in the ring, for descriptions, when what is before it was given back. A product finds what it needs in registers that
- * a warp has in common, so that the number is handed around. */
-__device__ __forceinline__ uint32_t ring_place_of(const ring_hold &hold, int shift)
+/* The ring's groups of eight keys of a tile. A product finds what it needs in registers that a warp has in common, so that `eighth` is
+ * handed around. */
+struct ring_place {
+    int eighth, eighths; /* first of the tile, and of the ring */
+    __device__ __forceinline__ uint32_t behind(int steps) const
+    {
+        const int at = eighth + steps;
+        return (uint32_t)((at >= eighths ? at - eighths : at) * (1024 / 16));
+    }
+};
+
+__device__ __forceinline__ ring_place ring_place_of(const ring_hold &hold, int bundles)
 {
-    return (uint32_t)__shfl_sync(~0u, 2 * hold.first.stage + shift / 8 % 2, 0) * (1024 / 16);
+    return {__shfl_sync(~0u, hold.eighth, 0), 2 * bundles};
 }
 
 /* A description `distance` 16-byte units further on. The upper half never changes. */

@@ -11,9 +11,16 @@
  * H200, bf16, ms in a loop over cold sets: D 128 32/8 N 16384 window 128 with 4 pinned; D 64 64/8 N 32768 window 128 with sink logits
  *   v1 addresses by 64-bit products                                  0.175   0.388    2026-11-25
  *   v2 half the instructions of a tile                               0.145   0.311
- *   v3 160 registers for those who multiply                          0.135   0.311
- * prefill_sm80.cu took 0.76 and 1.03, flex compiled by torch 2.11 0.47 for the first in the run of v1. The floor of memory is 0.079 and 0.14.
- * Limited by the latency of instructions: a multiprocessor's four schedulers issue in half of the cycles, from three warps each. */
+ *   v3 160 registers for those who multiply                          0.125   0.292    three runs: 0.125 to 0.135, 0.291 to 0.309
+ * Through attend the first takes 0.127; on the same card in the same hour flex compiled by torch 2.11 0.483, prefill_sm80.cu 0.688. The floor of memory is
+ * 0.079 and 0.14. What limits, by ncu: a scheduler issues 1440 and 1010 instructions a tile, in 40 and 50 % of its cycles; a warp that
+ * multiplies waits 5 to 6 cycles for each, a third of it for results of fixed latency, and there are three such warps.
+ *
+ * Tried and lost: queries from memory into registers and outputs from registers, 16 bytes a thread, with the columns of keys and values woven
+ * so that they suit, a ring that repeats 9 bundles so that all keys are one product, and no staging: 730 instructions in the loop of depth 64
+ * by count, but 0.168 and 0.322 ms, without the code that decorates scores 0.154 and 0.279. Words of 4 bytes cost the copies (nothing copied:
+ * 0.141 and 0.272), queries of depth 128 find no registers before the last product. Exponentials left out, or sums, that one took as long:
+ * 0.153 and 0.273, 0.154 and 0.282; outputs left out 0.136 and 0.254. */
 #include "window_copy.cuh"
 
 namespace sa
@@ -21,58 +28,92 @@ namespace sa
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+/* Products with keys take 48 of them, and then what is left; a thread has half as many scores. */
+template <int keys> constexpr int last_part = (keys % 48 == 0 ? 48 : keys % 48) / 2;
+
 /* Lines at either end of a tile that not every row sees, where the window fits the tile well. */
 template <int keys> constexpr int edge = keys % 16 == 8 ? 8 : 16;
 
 /* --- the warpgroups that multiply -------------------------------------------------------------------------------------------------- */
 
-/* Are this thread's columns of 32 columns among `depth`? */
-__device__ __forceinline__ bool in_row(int block, int64_t depth)
+__device__ __forceinline__ int own_row()
 {
-    return block * 32 + (int)threadIdx.x % 4 * 8 < (int)depth;
+    return threadIdx.x / 32 % 4 * warp_rows + threadIdx.x % 32 / 4;
 }
 
-/* A thread's row of a tensor whose first row is at `base`, at the quarter of every 32 columns that is the thread's. */
-__device__ __forceinline__ char *row_of(const sa_cuda_tensor &x, char *base, int token, int head)
+/* A warp's 16 rows in shared memory: of 16-byte pieces, swizzled. A lane of matrices has row lane % 16 and the first or second of two
+ * pieces; `pair` goes on from there. */
+template <int depth> __device__ __forceinline__ uint32_t matrix_lane(uint32_t memory)
 {
-    return at_step(at_step(base, token, (int)x.token * 2), head, (int)x.head * 2) + threadIdx.x % 4 * 16;
+    const int lane = threadIdx.x % 32;
+    return memory + lane % 16 * (depth * 2) + ((lane / 16 ^ lane % 8) * 16);
 }
 
-/* A thread has two rows of a tile, 8 apart, and of every 32 columns the quarter lane % 4, 16 bytes. What these are to a product, columns
- * 2 (lane % 4) and one more of each eight, is a matter of how keys and values lie in shared memory: woven. */
-template <int depth>
-__device__ __forceinline__ void fetch_queries(const sa_cuda_problem &p, const sa_cuda_tensor &x, char *base, const stretch &s, const spot &t,
-                                              uint32_t (&raw)[depth / 4])
+__device__ __forceinline__ uint32_t matrix_at(uint32_t lane, int pair)
 {
+    return lane ^ pair * 32;
+}
+
+/* The warp's rows of a tile by pieces of 16 bytes: body(row of the warp, piece, address in shared memory, address in a tensor whose first
+ * row is at `base`). */
+template <int depth, typename Body>
+__device__ __forceinline__ void each_piece(const sa_cuda_problem &p, const sa_cuda_tensor &x, char *base, const stretch &s, const spot &t,
+                                           uint32_t memory, Body body)
+{
+    constexpr int pieces = depth / 8, step = 32 / pieces;
+    const int lane = threadIdx.x % 32, own = lane / pieces, piece = lane % pieces, first = threadIdx.x / 32 % 4 * warp_rows + own;
+    const int a_token = (int)x.token * 2, a_head = (int)x.head * 2;
+    const uint32_t start = memory + own * (depth * 2) + ((piece ^ own) * 16);
+    if (is_even_group(p)) { /* the same steps for all lanes */
+        const owner of = owner_of(p, s, t, first);
+        const int further = p.group <= step ? token_of(p, step) * a_token : a_token - (p.group - step) * a_head;
+        base += (int64_t)of.token * a_token + (int64_t)of.head * a_head + piece * 16;
 #pragma unroll
-    for (int half = 0; half < 2; half++) { /* rows that are not there: anything that is */
-        const bool there = t.row + own_row() + 8 * half < s.rows;
-        const char *from = row_of(x, base, there ? t.token[half] : 0, there ? t.head[half] : 0);
+        for (int i = 0; i < warp_rows; i += step) {
+            body(i + own, piece, (start ^ (i & 7) * 16) + i * (depth * 2), base);
+            base += ((i + step) & (p.group - 1)) == 0 ? further : step * a_head;
+        }
+    } else {
 #pragma unroll
-        for (int block = 0; block < depth / 32; block++) {
-            load_streaming_16(&raw[8 * block + 4 * half], from + (in_row(block, p.depth) ? block * 64 : 0));
+        for (int i = 0; i < warp_rows; i += step) {
+            const owner of = owner_of(p, s, t, first + i);
+            body(i + own, piece, (start ^ (i & 7) * 16) + i * (depth * 2),
+                 base + (int64_t)of.token * a_token + (int64_t)of.head * a_head + piece * 16);
         }
     }
 }
 
-/* In the order of products. Not done when they are fetched, which would wait for them. */
-template <int depth>
-__device__ __forceinline__ void take_queries(const sa_cuda_problem &p, const uint32_t (&raw)[depth / 4], uint32_t (&queries)[depth / 4])
+/* Real rows of this warp in a tile, and all of them. */
+__device__ __forceinline__ int rows_left(const spot &t, int rows)
 {
-#pragma unroll
-    for (int i = 0; i < depth / 4; i++) {
-        queries[i / 8 * 8 + i % 4 * 2 + i / 4 % 2] = in_row(i / 8, p.depth) ? raw[i] : 0;
-    }
+    return rows - t.row - (int)(threadIdx.x / 32 % 4) * warp_rows;
 }
 
-/* Brings them near: a thread the first or second line of half of its rows. */
 template <int depth>
-__device__ __forceinline__ void expect_queries(const sa_cuda_problem &p, const sa_cuda_tensor &x, char *base, const stretch &s, const spot &t)
+__device__ __forceinline__ void fetch_queries(const sa_cuda_problem &p, const sa_cuda_tensor &queries, char *base, const stretch &s,
+                                              const spot &t, uint32_t memory)
 {
-    const int half = threadIdx.x % 2, line = threadIdx.x / 2 % 2 * 128;
-    if (t.row + own_row() + 8 * half < s.rows && line < p.depth * 2) {
-        expect(row_of(x, base, half ? t.token[1] : t.token[0], half ? t.head[1] : t.head[0]) + line);
+    const int left = rows_left(t, s.real);
+    if (left >= warp_rows && p.depth == depth) {
+        each_piece<depth>(p, queries, base, s, t, memory,
+                          [&](int, int, uint32_t target, char *from) { copy_or_clear_16(target, from, true); });
+    } else {
+        each_piece<depth>(p, queries, base, s, t, memory, [&](int row, int piece, uint32_t target, char *from) {
+            const bool copied = row < left && piece * 8 < p.depth;
+            copy_or_clear_16(target, copied ? from : base, copied);
+        });
     }
+    copy_async_commit();
+}
+
+template <int depth> __device__ __forceinline__ void take_queries(uint32_t memory, uint32_t (&queries)[depth / 4])
+{
+    const uint32_t lane = matrix_lane<depth>(memory);
+#pragma unroll
+    for (int step = 0; step < depth / 16; step++) {
+        load_matrices(*(uint32_t(*)[4]) & queries[4 * step], matrix_at(lane, step));
+    }
+    __syncwarp();
 }
 
 /* Hides what rows do not see: `low` is where a row begins, `high` where it ends. Within a long sequence, rows see all but what is near the
@@ -127,19 +168,22 @@ __device__ __forceinline__ void weigh(float scale, const float (&anchor)[2], con
     }
 }
 
-template <typename T, int depth, int keys, int groups>
-__device__ __forceinline__ void issue_scores(const window_memory<depth> &m, uint32_t ring, const uint32_t (&queries)[depth / 4],
+template <typename T, int depth, int keys>
+__device__ __forceinline__ void issue_scores(const window_memory<depth> &m, const ring_place &ring, const uint32_t (&queries)[depth / 4],
                                              float (&scores)[keys / 2])
 {
-    const uint64_t first = further(describe_panels(m.keys, 16, 1024), ring);
+    const uint64_t held = describe_panels(m.keys, 16, 1024);
 #pragma unroll
-    for (int step = 0; step < depth / 16; step++) {
-        const uint64_t at = further(first, step / 4 * (m.panel / 16) + step % 4 * 2);
-        if constexpr (groups > SA_WINDOW_GROUPS) { /* all at once ask for more registers than a thread has before it takes some */
-            score_product<T, 36>(scores, &queries[4 * step], at, step > 0);
-            score_product<T, keys / 2 - 36>(scores + 36, &queries[4 * step], further(at, 9 * 1024 / 16), step > 0);
-        } else {
-            score_product<T, keys / 2>(scores, &queries[4 * step], at, step > 0);
+    for (int part = 0; part < keys; part += 48) {
+        const uint64_t from = further(held, ring.behind(part / 8));
+#pragma unroll
+        for (int step = 0; step < depth / 16; step++) {
+            const uint64_t at = further(from, step / 4 * (m.panel / 16) + step % 4 * 2);
+            if (keys - part >= 48) {
+                score_product<T, 24>(&scores[part / 2], &queries[4 * step], at, step > 0);
+            } else {
+                score_product<T, last_part<keys>>(&scores[part / 2], &queries[4 * step], at, step > 0);
+            }
         }
     }
 }
@@ -155,63 +199,71 @@ __device__ __forceinline__ void issue_pinned(const window_memory<depth> &m, cons
 }
 
 template <typename T, int depth, int keys, bool pinned>
-__device__ __forceinline__ void issue_values(const window_memory<depth> &m, uint32_t ring, const uint32_t (&weights)[lines<keys> / 4],
+__device__ __forceinline__ void issue_values(const window_memory<depth> &m, const ring_place &ring, const uint32_t (&weights)[lines<keys> / 4],
                                              const uint32_t (&others)[4], float (&values)[depth / 2])
 {
-    const uint64_t held = further(describe_panels(m.values, m.panel, 1024), ring);
-    if constexpr (pinned) {
-        value_product<T, depth / 2>(values, others, describe_panels(m.pinned_values, bundle * 128, 1024), 0);
-    }
+    const uint64_t held = describe_panels(m.values, m.panel, 1024), first = describe_panels(m.pinned_values, bundle * 128, 1024);
 #pragma unroll
     for (int step = 0; step < lines<keys> / 16; step++) {
-        value_product<T, depth / 2>(values, &weights[4 * step], further(held, step * (2048 / 16)), pinned || step > 0);
+        value_product<T, depth / 2>(values, &weights[4 * step], further(held, ring.behind(2 * step)), step > 0);
+    }
+    if constexpr (pinned) {
+        value_product<T, depth / 2>(values, others, first, 1);
     }
     products_commit();
 }
 
-/* Closes this thread's rows and writes them, 16 bytes at a time. */
+/* Closes the warp's rows and writes them: through shared memory, so that whole lines leave. */
 template <typename T, int depth>
 __device__ __forceinline__ void write_rows(const sa_cuda_problem &p, const stretch &s, const window_state &state, const spot &t,
-                                           const float (&maximum)[2], const float (&sum)[2], float (&values)[depth / 2])
+                                           uint32_t memory, const float (&maximum)[2], float (&sum)[2], float (&values)[depth / 2])
 {
-    const int quarter = threadIdx.x % 4, own = quarter % 2, row = t.row + own_row() + 8 * own;
-    /* One thread closes one row, and two have it. */
-    float total = own ? sum[1] : sum[0];
-    total += __shfl_xor_sync(~0u, own ? sum[0] : sum[1], 1);
-    total += __shfl_xor_sync(~0u, total, 2);
-    const int head = own ? t.head[1] : t.head[0], token = own ? t.token[1] : t.token[0];
-    softmax_end end = {0.0f, -infinity};
-    if (row < s.real) {
-        end = close(own ? maximum[1] : maximum[0], total, state.sink[head]);
+    const int lane = threadIdx.x % 32, left = rows_left(t, s.rows);
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = own_row() + 8 * half;
+        const owner of = owner_of(p, s, t, row);
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+        sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+        softmax_end end = {0.0f, -infinity};
+        if (t.row + row < s.real) {
+            end = close(maximum[half], sum[half], state.sink[of.head]);
+        }
+        factor[half] = end.factor;
+        float *lse = lse_of(p);
+        if (lse != nullptr && lane % 4 == 0 && t.row + row < s.rows) {
+            lse[(s.batch * p.heads_q + s.head * p.group + of.head) * p.query_length + s.query_begin + of.token] = end.lse;
+        }
     }
-    float *lse = lse_of(p);
-    if (lse != nullptr && quarter < 2 && row < s.rows) {
-        lse[(s.batch * p.heads_q + s.head * p.group + head) * p.query_length + s.query_begin + token] = end.lse;
-    }
-    const float other = __shfl_xor_sync(~0u, end.factor, 1), factor[2] = {own ? other : end.factor, own ? end.factor : other};
     if (__any_sync(~0u, factor[0] == 0.0f || factor[1] == 0.0f)) { /* whatever was in values that nobody sees */
 #pragma unroll
         for (int i = 0; i < depth / 2; i++) {
             values[i] = factor[i % 4 / 2] == 0.0f ? 0.0f : values[i];
         }
     }
+    const uint32_t matrix = matrix_lane<depth>(memory);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        char *to = row_of(p.output, s.output, t.token[half], t.head[half]);
-        const bool written = t.row + own_row() + 8 * half < s.rows;
+    for (int n = 0; n < depth / 8; n += 2) {
+        uint32_t tiles[4];
 #pragma unroll
-        for (int block = 0; block < depth / 32; block++) {
-            uint32_t words[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float *pair = &values[16 * block + 4 * i + 2 * half];
-                words[i] = T::pack(pair[0] * factor[half], pair[1] * factor[half]);
-            }
-            if (written && in_row(block, p.depth_v)) {
-                store_streaming_16(to + block * 64, words);
-            }
+        for (int i = 0; i < 4; i++) {
+            tiles[i] = T::pack(values[4 * n + 2 * i] * factor[i % 2], values[4 * n + 2 * i + 1] * factor[i % 2]);
         }
+        store_matrices(matrix_at(matrix, n / 2), tiles);
     }
+    __syncwarp();
+    if (left >= warp_rows && p.depth_v == depth) {
+        each_piece<depth>(p, p.output, s.output, s, t, memory,
+                          [&](int, int, uint32_t from, char *to) { store_streaming_16(to, load_shared_16(from)); });
+    } else {
+        each_piece<depth>(p, p.output, s.output, s, t, memory, [&](int row, int piece, uint32_t from, char *to) {
+            if (row < left && piece * 8 < p.depth_v) {
+                store_streaming_16(to, load_shared_16(from));
+            }
+        });
+    }
+    __syncwarp();
 }
 
 /* What the rows of this thread see, as lines of the tile and pinned keys; true where all but the edges is seen by all rows. */
@@ -219,16 +271,16 @@ template <int keys>
 __device__ __forceinline__ bool look(const sa_cuda_problem &p, const stretch &s, const spot &t, int (&low)[2], int (&high)[2],
                                      int (&pinned)[2])
 {
-    const int shift = shift_of(s, t), apart = s.apart - shift, position = s.behind + 1 - s.first_token - shift,
-              window = (int)p.common_window;
+    const int apart = s.apart - t.shift, position = s.behind + 1 - s.first_token - t.shift, window = (int)p.common_window;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const bool real = t.row + own_row() + 8 * half < s.real;
-        high[half] = real ? t.token[half] + position : 0;
+        const int row = own_row() + 8 * half, token = owner_of(p, s, t, row).token;
+        const bool real = t.row + row < s.real;
+        high[half] = real ? token + position : 0;
         low[half] = high[half] - window > apart ? high[half] - window : apart;
-        pinned[half] = !real ? 0 : s.sees + t.token[half] < s.pinned ? s.sees + t.token[half] : s.pinned;
+        pinned[half] = !real ? 0 : s.sees + token < s.pinned ? s.sees + token : s.pinned;
     }
-    const int nearest = t.first + position, farthest = t.last + position;
+    const int nearest = t.token + position, farthest = owner_of(p, s, t, tile_rows - 1).token + position;
     return t.row + tile_rows <= s.real && nearest >= keys - edge<keys> && apart <= edge<keys> && farthest - window <= edge<keys>;
 }
 
@@ -251,7 +303,8 @@ __device__ __forceinline__ void decorate(const sa_cuda_problem &p, const stretch
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const float slope = state.slope[t.head[half]];
+        const owner of = owner_of(p, s, t, own_row() + 8 * half);
+        const float slope = state.slope[of.head];
 #pragma unroll
         for (int i = 2 * half; i < keys / 2; i += i % 2 ? 3 : 1) {
             scores[i] = cap(p, scores[i]) - slope * (float)(high[half] - 1 - (i / 4 * 8 + i % 2 + column));
@@ -259,56 +312,44 @@ __device__ __forceinline__ void decorate(const sa_cuda_problem &p, const stretch
 #pragma unroll
         for (int i = 2 * half; i < 8; i += i % 2 ? 3 : 1) {
             const int at = i / 4 * 8 + i % 2 + column;
-            const float distance = fabsf((float)(s.position + t.token[half] - at));
+            const float distance = fabsf((float)(s.position + of.token - at));
             more[i] = cap(p, more[i]) - slope * distance;
             if (p.sink_bias.given && at < p.pinned) {
-                more[i] += state.bias[t.head[half] * (int)p.pinned + at];
+                more[i] += state.bias[of.head * (int)p.pinned + at];
             }
         }
     }
 }
 
-template <typename T, int depth, int keys, int groups, bool pinned, bool featured>
+template <typename T, int depth, int keys, bool pinned, bool featured>
 __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const stretch &s, const window_state &state,
-                                              const window_memory<depth> &m, uint32_t ring, spot &t,
-                                              uint32_t (&raw)[depth / 4])
+                                              const window_memory<depth> &m, const ring_place &ring, const spot &t,
+                                              uint32_t (&queries)[depth / 4], uint32_t memory)
 {
-    uint32_t queries[depth / 4];
-    constexpr bool roomy = depth == 64 && groups == SA_WINDOW_GROUPS; /* the next queries may come early */
     float scores[keys / 2], more[8], values[depth / 2];
     uint32_t weights[lines<keys> / 4] = {}, others[4];
     int low[2], high[2], held[2];
-    take_queries<depth>(p, raw, queries);
     pin(scores);
     pin(more);
     products_begin();
-    issue_scores<T, depth, keys, groups>(m, ring, queries, scores);
+    issue_scores<T, depth, keys>(m, ring, queries, scores);
     if (pinned && !featured) {
         issue_pinned<T, depth>(m, queries, more);
     }
     products_commit();
+    const bool edges = look<keys>(p, s, t, low, high, held);
     products_wait<0>();
     pin(scores);
-    pin(more);
-    const bool edges = look<keys>(p, s, t, low, high, held);
     if constexpr (featured) {
-        if (p.sink_query.data != nullptr) {
-            fetch_queries<depth>(p, p.sink_query, s.second, s, t, raw);
-            take_queries<depth>(p, raw, queries);
-        }
+        copy_async_wait<1>(); /* the second query, or the first once more */
+        __syncwarp();
+        take_queries<depth>(memory, queries);
         products_begin();
         issue_pinned<T, depth>(m, queries, more);
         products_commit();
         products_wait<0>();
         pin(more);
         decorate<keys>(p, s, state, t, high, scores, more);
-    }
-    spot next = t;
-    go_on<groups>(p, s, next);
-    if (roomy) {
-        fetch_queries<depth>(p, p.query, s.query, s, next, raw);
-    } else {
-        expect_queries<depth>(p, p.query, s.query, s, next);
     }
     pin(more);
     hide<keys>(low, high, edges, scores);
@@ -328,87 +369,104 @@ __device__ __forceinline__ void multiply_tile(const sa_cuda_problem &p, const st
     }
     weigh<T, pinned ? 8 : 0>(scale, anchor, more, others, sum);
 #pragma unroll
-    for (int part = 0; part < keys / 2; part += 24) {
-        if (keys / 2 - part >= 24) {
-            weigh<T, 24>(scale, anchor, &scores[part], &weights[part / 2], sum);
+    for (int part = 0; part < keys; part += 48) {
+        if (keys - part >= 48) {
+            weigh<T, 24>(scale, anchor, &scores[part / 2], &weights[part / 4], sum);
         } else {
-            weigh<T, keys / 2 % 24>(scale, anchor, &scores[part], &weights[part / 2], sum);
+            weigh<T, last_part<keys>>(scale, anchor, &scores[part / 2], &weights[part / 4], sum);
         }
     }
-    float total[2] = {sum[0] + sum[1], sum[2] + sum[3]};
-    pin(total);
     pin(values);
     products_begin();
     issue_values<T, depth, keys, pinned>(m, ring, weights, others, values);
     products_wait<0>();
     pin(values);
-    if (!roomy) {
-        fetch_queries<depth>(p, p.query, s.query, s, next, raw);
-    }
+    float total[2] = {sum[0] + sum[1], sum[2] + sum[3]};
     maximum[0] *= scale;
     maximum[1] *= scale;
-    write_rows<T, depth>(p, s, state, t, maximum, total, values);
-    t = next;
+    write_rows<T, depth>(p, s, state, t, memory, maximum, total, values);
 }
 
-template <typename T, int depth, int keys, int groups>
+template <typename T, int depth, int keys>
 __device__ __forceinline__ void multiply_stretch(const sa_cuda_problem &p, const stretch &s, window_state &state,
                                                  const window_memory<depth> &m, ring_hold &hold)
 {
-    const int group = threadIdx.x / 128 - 1;
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4;
     const bool featured = p.softcap > 0.0f || p.alibi_slopes.given || p.sink_bias.given || p.sink_query.data != nullptr;
-    uint32_t raw[depth / 4];
+    constexpr uint32_t own_bytes = warp_rows * depth * 2;
+    uint32_t here = m.queries + warp * 2 * own_bytes, there = here + own_bytes;
     spot t = spot_of(p, s, group);
-    hold.waited = hold.released = 0;
+    hold.eighth = (int)((2 * hold.begin + t.shift / 8) % (2 * m.bundles));
     if (group < s.tiles) {
-        fetch_queries<depth>(p, p.query, s.query, s, t, raw);
+        fetch_queries<depth>(p, p.query, s.query, s, t, here);
+        hold.give_back(state, m.bundles, t.shift / bundle);
     }
-#pragma unroll 1
-    for (int tile = group; tile < s.tiles; tile += groups) {
-        const int shift = shift_of(s, t);
-        hold.give_back(state, m.bundles, shift / bundle);
-        hold.wait(state, m.bundles, bundles_until<keys>(shift));
-        const uint32_t ring = ring_place_of(hold, shift);
-        if constexpr (groups > SA_WINDOW_GROUPS) {
-            multiply_tile<T, depth, keys, groups, false, false>(p, s, state, m, ring, t, raw);
-        } else if (featured) {
-            multiply_tile<T, depth, keys, groups, true, true>(p, s, state, m, ring, t, raw);
-        } else if (p.pinned > 0 || (depth == 64 && keys == SA_WINDOW_FEWER_KEYS)) { /* a bare one has a kernel of its own */
-            multiply_tile<T, depth, keys, groups, true, false>(p, s, state, m, ring, t, raw);
-        } else {
-            multiply_tile<T, depth, keys, groups, false, false>(p, s, state, m, ring, t, raw);
+    for (int tile = group; tile < s.tiles; tile += window_groups) {
+        uint32_t queries[depth / 4];
+        copy_async_wait<0>();
+        __syncwarp();
+        take_queries<depth>(here, queries);
+        if (featured && p.sink_query.data != nullptr) {
+            fetch_queries<depth>(p, p.sink_query, s.second, s, t, here);
         }
+        const spot next = spot_of(p, s, tile + window_groups);
+        if (tile + window_groups < s.tiles) {
+            fetch_queries<depth>(p, p.query, s.query, s, next, there);
+        } else {
+            copy_async_commit();
+        }
+        hold.wait(state, m.bundles, bundles_until<keys>(t));
+        fence_async();
+        const ring_place ring = ring_place_of(hold, m.bundles);
+        if (featured) {
+            multiply_tile<T, depth, keys, true, true>(p, s, state, m, ring, t, queries, here);
+        } else if (p.pinned > 0) {
+            multiply_tile<T, depth, keys, true, false>(p, s, state, m, ring, t, queries, here);
+        } else {
+            multiply_tile<T, depth, keys, false, false>(p, s, state, m, ring, t, queries, here);
+        }
+        if (tile + window_groups < s.tiles) {
+            hold.give_back(state, m.bundles, next.shift / bundle);
+        }
+        hold.go_on(m.bundles, (next.shift - t.shift) / 8);
+        t = next;
+        const uint32_t other = here;
+        here = there;
+        there = other;
     }
     hold.give_back(state, m.bundles, bundles_of<keys>(p, s));
 }
 
-template <typename T, int depth, int keys, int groups>
+template <typename T, int depth, int keys>
 __device__ void multiply_stretches(const sa_cuda_problem &p, window_state &state, const window_memory<depth> &m)
 {
     ring_hold hold = {};
     for (uint32_t parity = 0;; parity ^= 1) {
         barrier_wait(&state.stretch_full, parity);
+        barrier_wait(&state.pinned_full, parity);
         const stretch &s = state.now;
         if (s.tiles == 0) {
             break;
         }
-        multiply_stretch<T, depth, keys, groups>(p, s, state, m, hold);
+        multiply_stretch<T, depth, keys>(p, s, state, m, hold);
+        hold.begin += bundles_of<keys>(p, s);
         barrier_arrive(&state.stretch_free);
     }
 }
 
-template <typename T, int depth, int keys, int groups> __device__ __forceinline__ void prefill_window(const sa_cuda_problem &p)
+template <typename T, int depth, int keys> __device__ __forceinline__ void prefill_window(const sa_cuda_problem &p)
 {
     extern __shared__ __align__(1024) char memory[];
     window_state &state = *(window_state *)memory;
     const window_memory<depth> m = window_memory_of<depth>(p, memory);
     if (threadIdx.x == 0) {
         for (int i = 0; i < m.bundles; i++) {
-            barrier_init(&state.full[i], copying_threads / 32);
-            barrier_init(&state.free[i], 4 * groups);
+            barrier_init(&state.full[i], copying_threads);
+            barrier_init(&state.free[i], window_warps);
         }
         barrier_init(&state.stretch_full, copying_threads);
-        barrier_init(&state.stretch_free, 128 * groups);
+        barrier_init(&state.pinned_full, copying_threads);
+        barrier_init(&state.stretch_free, 32 * window_warps);
         fence_async();
     }
     __syncthreads();
@@ -416,14 +474,14 @@ template <typename T, int depth, int keys, int groups> __device__ __forceinline_
         leave_registers<SA_WINDOW_COPYING_REGISTERS>();
         copy_stretches<depth, keys>(p, state, m);
     } else {
-        take_registers<SA_WINDOW_REGISTERS(groups)>();
-        multiply_stretches<T, depth, keys, groups>(p, state, m);
+        take_registers<SA_WINDOW_REGISTERS>();
+        multiply_stretches<T, depth, keys>(p, state, m);
     }
 }
 
 #else
 
-template <typename T, int depth, int keys, int groups> __device__ void prefill_window(const sa_cuda_problem &)
+template <typename T, int depth, int keys> __device__ void prefill_window(const sa_cuda_problem &)
 {
     __trap(); /* choose.c sends nothing here */
 }
@@ -432,20 +490,18 @@ template <typename T, int depth, int keys, int groups> __device__ void prefill_w
 
 } // namespace sa
 
-#define SA_WINDOW(form, name, depth, keys, groups)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(SA_WINDOW_THREADS(groups), 1)                                                             \
-        prefill_##form##_##name##_##depth##_##keys(const __grid_constant__ sa_cuda_problem p)                                              \
+#define SA_WINDOW(name, depth, keys)                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(SA_WINDOW_THREADS, 1)                                                                     \
+        prefill_window_##name##_##depth##_##keys(const __grid_constant__ sa_cuda_problem p)                                                \
     {                                                                                                                                      \
-        sa::prefill_window<sa::name, depth, keys, groups>(p);                                                                              \
+        sa::prefill_window<sa::name, depth, keys>(p);                                                                                      \
     }
 
-SA_WINDOW(window, f16, 64, 136, SA_WINDOW_GROUPS)
-SA_WINDOW(window, f16, 64, 144, SA_WINDOW_GROUPS)
-SA_WINDOW(window, f16, 128, 136, SA_WINDOW_GROUPS)
-SA_WINDOW(window, f16, 128, 144, SA_WINDOW_GROUPS)
-SA_WINDOW(window, bf16, 64, 136, SA_WINDOW_GROUPS)
-SA_WINDOW(window, bf16, 64, 144, SA_WINDOW_GROUPS)
-SA_WINDOW(window, bf16, 128, 136, SA_WINDOW_GROUPS)
-SA_WINDOW(window, bf16, 128, 144, SA_WINDOW_GROUPS)
-SA_WINDOW(window_bare, f16, 64, 136, SA_WINDOW_MORE_GROUPS)
-SA_WINDOW(window_bare, bf16, 64, 136, SA_WINDOW_MORE_GROUPS)
+SA_WINDOW(f16, 64, 136)
+SA_WINDOW(f16, 64, 144)
+SA_WINDOW(f16, 128, 136)
+SA_WINDOW(f16, 128, 144)
+SA_WINDOW(bf16, 64, 136)
+SA_WINDOW(bf16, 64, 144)
+SA_WINDOW(bf16, 128, 136)
+SA_WINDOW(bf16, 128, 144)

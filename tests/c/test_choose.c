@@ -332,7 +332,7 @@ static void window_prefill(void)
     CHECK(takes_window(narrow, &hopper) && !takes_window(narrow, &h200));
     sa_cuda_problem p = narrow;
     const sa_cuda_plan plan = plan_of(&p, &hopper);
-    CHECK(p.row_tiles == (3000 * 4 + 63) / 64 && plan.launches[0].grid == 132 && plan.launches[0].block == SA_WINDOW_THREADS(SA_WINDOW_GROUPS));
+    CHECK(p.row_tiles == (3000 * 4 + 63) / 64 && plan.launches[0].grid == 132 && plan.launches[0].block == SA_WINDOW_THREADS);
     CHECK(plan.launches[0].shared <= (uint32_t)h200.shared_limit && SA_WINDOW_SHARED(64) <= h200.shared_limit);
     p = narrow;
     p.query.data = &p;

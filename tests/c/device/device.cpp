@@ -148,8 +148,7 @@ void launch_kernel(const std::function<void()> &kernel, const sa_cuda_launch &la
                     _(decode_mass_f16_64) _(decode_mass_f16_128) _(decode_mass_f16_256) _(decode_mass_bf16_64)                             \
                         _(decode_mass_bf16_128) _(decode_mass_bf16_256) _(prefill_window_f16_64_136) _(prefill_window_f16_64_144)          \
                             _(prefill_window_f16_128_136) _(prefill_window_f16_128_144) _(prefill_window_bf16_64_136)                      \
-                                _(prefill_window_bf16_64_144) _(prefill_window_bf16_128_136) _(prefill_window_bf16_128_144)                   \
-                                    _(prefill_window_bare_f16_64_136) _(prefill_window_bare_bf16_64_136)
+                                _(prefill_window_bf16_64_144) _(prefill_window_bf16_128_136) _(prefill_window_bf16_128_144)
 
 #define SA_BACKWARD_KERNELS(_)                                                                                                             \
     _(backward_rows)                                                                                                                       \

@@ -40,16 +40,14 @@ inline void barrier_arrive_copied(uint64_t *barrier)
     barrier_arrive(barrier);
 }
 
-inline bool barrier_is_over(uint64_t *barrier, uint32_t parity)
-{
-    phased state;
-    memcpy(&state, barrier, sizeof state);
-    return (state.over & 1) != parity;
-}
-
 inline void barrier_wait(uint64_t *barrier, uint32_t parity)
 {
-    while (!barrier_is_over(barrier, parity)) {
+    for (;;) {
+        phased state;
+        memcpy(&state, barrier, sizeof state);
+        if ((state.over & 1) != parity) {
+            return;
+        }
         device::yield();
     }
 }
@@ -64,36 +62,31 @@ template <int registers> void leave_registers()
 
 /* --- matrices ------------------------------------------------------------------------------------------------------------------------- */
 
-inline void copy_or_clear_4(uint32_t target, const void *source, bool copied)
+inline void store_matrices(uint32_t address, const uint32_t (&tiles)[4])
 {
-    must_be_aligned(target, 4);
-    if (copied) {
-        must_be_aligned((uint64_t)(uintptr_t)source, 4);
-        memcpy(shared_memory() + target, source, 4);
-    } else {
-        memset(shared_memory() + target, 0, 4);
+    device::warp &w = device::own_warp();
+    const int lane = device::lane();
+    must_be_aligned(address, 16);
+    w.addresses[lane] = address;
+    __syncwarp();
+    for (int i = 0; i < 4; i++) {
+        memcpy(shared_memory() + w.addresses[8 * i + lane / 4] + lane % 4 * 4, &tiles[i], 4);
     }
+    __syncwarp();
 }
 
-inline void load_streaming_16(uint32_t *x, const void *source)
+inline uint4 load_shared_16(uint32_t address)
 {
-    must_be_aligned((uint64_t)(uintptr_t)source, 16);
-    memcpy(x, source, 16);
+    uint4 x;
+    must_be_aligned(address, 16);
+    memcpy(&x, shared_memory() + address, sizeof x);
+    return x;
 }
 
-inline char *at_step(char *base, int count, int step)
-{
-    return base + (int64_t)count * step;
-}
-
-inline void expect(const void *)
-{
-}
-
-inline void store_streaming_16(void *target, const uint32_t (&x)[4])
+inline void store_streaming_16(void *target, uint4 x)
 {
     must_be_aligned((uint64_t)(uintptr_t)target, 16);
-    memcpy(target, x, sizeof x);
+    memcpy(target, &x, sizeof x);
 }
 
 template <typename T, int count> void register_product(float *d, const uint32_t *a, uint64_t b, int joined, bool along_rows)
