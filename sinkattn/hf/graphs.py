@@ -158,7 +158,7 @@ class Captured:
                 for layer in self.cache.layers:
                     layer.step = None
         try:
-            self.outputs, self.replay = record(step)
+            self.outputs, self.replay = record(step, self.ids.device)
         except Exception as error:
             self._move_to(before)
             self.key = None
@@ -171,9 +171,9 @@ class Captured:
             layer.columns = columns
 
 
-def record(step):
+def record(step, device):
     """(what step() returned, a function that does it again) as a graph; nothing is done yet."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph):
         results = step()
     return results, graph.replay

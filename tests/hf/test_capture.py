@@ -22,7 +22,7 @@ def a_stand_in(monkeypatch):
     if DEVICE == "cuda":
         return
 
-    def record(step):
+    def record(step, device):
         class Results(dict):
             def __getattr__(self, name):
                 return self[name]
@@ -121,7 +121,7 @@ def test_what_cannot_be_captured(monkeypatch):
         with pytest.raises(ValueError, match=r"capture\(\): forward of this model is replaced already"):
             hf.capture(model, cache)
 
-        def refuse(step):
+        def refuse(step, device):
             step()
             raise RuntimeError("operation not permitted when stream is capturing")
         monkeypatch.setattr(captures, "record", refuse)
