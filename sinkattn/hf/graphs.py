@@ -173,7 +173,7 @@ class Captured:
 
 def record(step, device):
     """(what step() returned, a function that does it again) as a graph; nothing is done yet."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # torch's own: of any device
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
         results = step()
     return results, graph.replay

@@ -88,7 +88,7 @@ def test_caches_on_the_device_that_is_not_current(make, torch):
         if step == 3:
             for cache in (here, there):
                 cache.reorder([1, 0]), cache.reset([1])
-    assert there.length.tolist() == here.length.tolist() == [163, 9]
+    assert there.length.tolist() == here.length.tolist() == [164, 9]
     for (name, a), b in zip(there.state_dict().items(), here.state_dict().values()):
         assert np.array_equal(a, b), name
     moved = make("cuda:1")
@@ -104,7 +104,7 @@ def test_a_step_captured_on_the_second_device(make, torch):
         each.attend(*tensors(torch, 100, 100, 100)[1])
     inputs = tensors(torch, 1, 1, 1)[1]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(1), torch.cuda.graph(graph):
+    with torch.cuda.device(1), torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         out = cache.attend(*inputs)
     for step in range(5):
         new = tensors(torch, 1, 1, 1, seed=step)[1]
