@@ -40,7 +40,7 @@ class Mask:
         if columns is not None:
             self.columns = padded_columns(columns, None if isinstance(offset, torch.Tensor)
                                           else offset + queries if self.causal else keys)
-        self._bounds = self._keywords = self._rows = None  # made when asked for, once for all layers
+        self._bounds = self._keywords = self._rows = None  # made when asked for
 
     def __getattr__(self, name):
         raise AttributeError(f"sinkattn: '{name}' of a mask: the model works on masks itself, and "
