@@ -42,6 +42,7 @@ struct group_tile {
     int pinned_edge, pinned_end;      /* the same of the pinned keys, from the first of them on */
     int64_t widest;                   /* window of the group's heads */
     range seen_by_row, pinned_by_row; /* tokens that some query of the row sees: by a window, or as pinned ones */
+    uint32_t removed;                 /* pinned keys that a bias removes for the whole group, a bit for each */
 };
 
 /* What the consumers have to know of a slice. */

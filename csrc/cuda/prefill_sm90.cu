@@ -69,7 +69,7 @@ template <typename T, typename F> __device__ __forceinline__ void prefill_hopper
     if (threadIdx.x < 128) {
         leave_registers<F::groups == 2 ? 40 : 32>();
         if (threadIdx.x < 32) {
-            copier<F> one = {call, s, elements, (int)threadIdx.x, {}, {}, {}};
+            copier<F> one = {call, s, elements, (int)threadIdx.x, {}, {}, {}, 0};
             one.run_all();
         } else if (threadIdx.x < 64) {
             finder<F> one = {call.problem, s};

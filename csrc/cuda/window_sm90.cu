@@ -315,7 +315,8 @@ __device__ __forceinline__ void decorate(const sa_cuda_problem &p, const stretch
             const float distance = fabsf((float)(s.position + of.token - at));
             more[i] = cap(p, more[i]) - slope * distance;
             if (p.sink_bias.given && at < p.pinned) {
-                more[i] += state.bias[of.head * (int)p.pinned + at];
+                const float bias = state.bias[of.head * (int)p.pinned + at];
+                more[i] = bias == -infinity ? -infinity : more[i] + bias;
             }
         }
     }
