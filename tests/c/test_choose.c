@@ -335,7 +335,9 @@ static void window_prefill(void)
     CHECK(p.row_tiles == (3000 * 4 + 63) / 64 && plan.launches[0].grid == 132 && plan.launches[0].block == SA_WINDOW_THREADS);
     CHECK(plan.launches[0].shared <= (uint32_t)h200.shared_limit && SA_WINDOW_SHARED(64) <= h200.shared_limit);
     p = narrow;
-    p.query.data = &p;
+    p.query.data = (void *)4096;
+    p.query.head = (1LL << 30) - 8;
+    CHECK(takes_window(p, &hopper));
     p.query.head = 1LL << 30;
     CHECK(!takes_window(p, &hopper));
     p = narrow;
