@@ -25,10 +25,19 @@
  *      all rows, keys in memory order, a page                                  53 of 69); where the host gives 45 GB/s 85 % of it and more
  *      asked for before it is read; workers    bf16 13 ms, 667 GFLOP/s (56 ms); 4 pinned + window 256, N 2048, fp32: 8.0 ms (94 ms)
  *      keep off the caller's processor
+ *   One thread, where the host lets a core read 41 GB/s whatever its neighbours do (two threads: 45 or 78 GB/s by the minute), share of the
+ *   read of the same run; `bench --suite decode,cache --threads 1`:   N 4096, N 32768 fp32    bf16       SinkCache step 4 + 4092, fp32 / bf16
+ *   v4                                                                69 %, 69 %              67, 70 %   70 / 64 %
+ *   v5 keys' lines asked for one a turn of a loop, values' with       81 %, 82 %              81, 81 %   86 / 79 %
+ *      each load, no page touched ahead, -fno-wrapv                   (two threads, a host at 45 GB/s: 104, 108 %, 98, 103 %; 97 % the bf16 step)
  * Limited by: prefill by FMA (72 % of its peak, bf16 62 % of the dot products'); decode by how many lines a core keeps on their way: with all of
  * K and V in the second level a key of 4 heads costs 39 cycles in fp32 and 30 in bf16, against 105 and 52 for its bytes at 80 GB/s.
+ * What is left of one thread's 19 %: softmax between keys and values, when nothing is asked for (2.5 % in fp32, 4.5 in bf16), and the start of each
+ * stream. Decode feels how its prefetches are compiled: 32 unrolled before the keys that they hide 80 %, the same in a loop 97 %, with keys alone.
  * Tried and lost: no prefetch at all (the processor's own prefetchers do not cross a page while the sums are computed: 31 %), prefetch into the
- * second level, a whole block ahead, four keys at a time against four rows.
+ * second level, a whole block ahead, four keys at a time against four rows; K of a block beside V of the one before (both streams at once: 91 %
+ * where nothing is computed, 72 % where it is), four rows by half the columns of values (bf16 76 % instead of 80), pieces of 8 and 32 blocks,
+ * other distances than 6 KiB (4: 75 %, 8: 80 %), the first level kept (the same).
  * On Intel vdpbf16ps runs at half the arithmetic of fp32 FMA, so bf16 is widened there, or goes through AMX tiles: right on a Xeon that has
  * them, not timed yet.
  */
@@ -187,7 +196,7 @@ static void block_direct(const span *s, const sa_run *run, int64_t begin, sa_ran
     const direct_rows keys = {first_key, first_value, key_step, value_step, need.low, need.high};
     const direct_rows values = {first_value, sa_at(run->key, p->dtype, next_key), value_step, key_step, need.low, need.high};
     const int64_t low = need.low / LANES * LANES, high = round_up(need.high, LANES);
-    score_direct(p->dtype, s->pairs, query_for(s, run), s->query_stride, s->rows, &keys, p->depth, s->scores);
+    score_direct(p->dtype, s->pairs, query_for(s, run), s->rows, &keys, p->depth, s->scores);
     for (int64_t r = 0; r < s->rows; r++) {
         float *scores = s->scores + r * SCORE_STRIDE;
         if (is_plain(s, run) && sees_all(s, run, r, 1, begin)) {
@@ -196,7 +205,7 @@ static void block_direct(const span *s, const sa_run *run, int64_t begin, sa_ran
             softmax_row(s, run, r, begin, row_columns(s, run, r, begin), low, high, scores, NULL);
         }
     }
-    add_values_direct(p->dtype, s->scores, s->rows, &values, p->depth_v, s->acc, s->acc_stride);
+    add_values_direct(p->dtype, s->scores, s->rows, &values, p->depth_v, s->acc);
 }
 
 /* Blocks first .. last - 1 of the span's visible ones, counted over all runs. */
