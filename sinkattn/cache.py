@@ -34,21 +34,21 @@ def integer(name, value, owner):
     return number
 
 
-def _cuda_ordinal(device):
+def cuda_ordinal(device, owner):
     """The number of a CUDA device, None for the CPU."""
     kind, _, number = str(device).partition(":")
     if kind == "cpu":
         return None
     if kind != "cuda" or not (number.isdecimal() or str(device) == "cuda"):
         raise NotImplementedError(
-            f"SinkCache(): device is {device!s}; the backends are: cpu, cuda (cuda:0, ...)")
+            f"{owner}(): device is {device!s}; the backends are: cpu, cuda (cuda:0, ...)")
     if number:
         return int(number)
     torch = sys.modules.get("torch")
     return torch.cuda.current_device() if torch and torch.cuda.is_available() else 0
 
 
-def _cuda_memory(size, ordinal):
+def cuda_memory(size, ordinal):
     """From torch's allocator; None, which asks the driver, where there is no torch."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
@@ -63,7 +63,7 @@ def core_of(config, ordinal, storage, keep=False):
         return _core.Cache(*config, storage, keep)
     return _core.CudaCache(
         *config, ordinal, lambda size, first: storage if first and storage is not None
-        else _cuda_memory(size, ordinal), keep)
+        else cuda_memory(size, ordinal), keep)
 
 
 class CoreCache:
@@ -135,7 +135,7 @@ class SinkCache(CoreCache):
     def __init__(self, batch, kv_heads, head_dim, *, v_head_dim=None, sinks=4, window=1020,
                  dtype="float32", device="cpu", rope=None, positions="slot", rollback=0,
                  storage=None):
-        self._ordinal = _cuda_ordinal(device)
+        self._ordinal = cuda_ordinal(device, "SinkCache")
         if positions not in ("slot", "original"):
             raise ValueError(
                 f"SinkCache(): positions is {positions!r}, expected 'slot' or 'original'")

@@ -3,9 +3,18 @@
 import numpy as np
 
 from sinkattn import _core
-from sinkattn.cache import CoreCache, check_described, describe_rope, dtype_name, field, integer
+from sinkattn.cache import (
+    CoreCache,
+    check_described,
+    cuda_memory,
+    cuda_ordinal,
+    describe_rope,
+    dtype_name,
+    field,
+    integer,
+)
 from sinkattn.ledger import Ledger, head_ledger
-from sinkattn.policy import H2O, ExpectedAttention, Policy, number
+from sinkattn.policy import H2O, Custom, ExpectedAttention, Policy, number
 from sinkattn.rope import Rope
 
 _STATE_VERSION = 1
@@ -26,7 +35,12 @@ class KVCache(CoreCache):
         between up to every - 1 more than the budget are held, and have their slots.
     chunk : int >= 1. A longer call is cut into parts of so many tokens, and tokens leave between
         them, so that no more than budget + every - 1 + chunk are ever there.
-    dtype, device : as of SinkCache; "cpu" alone for now.
+    dtype, device : as of SinkCache. On CUDA a call and its eviction are kernels on the caller's
+        stream, with fixed shapes, so that a captured step replays; what tells what is held
+        (`length`, `kept()`, `ledger`, `crop`, `state_dict`) waits for the stream. There each kv
+        head of a row has the slots of the largest budget and room for `chunk` more, and these are
+        refused by name: ExpectedAttention and Custom, a float budget, positions="slot" with a
+        rope, and ALiBi.
     rope, positions : as of SinkCache. "original" keeps distances in the text. "slot" counts the
         tokens that are held: it needs raw keys (`applied=False`), which are turned for each call.
     track_mass : bool. The ledger knows the mass of what left; it costs a policy that needs no mass
@@ -55,8 +69,7 @@ class KVCache(CoreCache):
         if not isinstance(policy, Policy):
             raise TypeError(f"KVCache(): policy is {type(policy).__name__}, expected a policy, as "
                             "H2O()")
-        if str(device) != "cpu":
-            raise NotImplementedError(f"KVCache(): device is {device!s}; the backends are: cpu")
+        ordinal = cuda_ordinal(device, "KVCache")
         if positions not in ("slot", "original"):
             raise ValueError(
                 f"KVCache(): positions is {positions!r}, expected 'slot' or 'original'")
@@ -78,12 +91,33 @@ class KVCache(CoreCache):
         self._policy, self._rope, self._positions = policy, rope, positions
         self._dtype, self._track = dtype_name(dtype, "KVCache"), bool(track_mass)
         self._budget, self._share = self._budgets(budget)
-        self._core = _core.KVCache(
+        if ordinal is not None:
+            self._refuse_on_cuda()
+        config = (
             *self._numbers.values(), self._budget.tobytes(), self._share, policy._described(),
             self._track, self._dtype, b"" if rope is None else rope.inv_freq.tobytes(),
             1.0 if rope is None else rope.attention_scaling,
             rope is not None and rope.interleaved, rope is not None and rope.applied,
             positions == "slot")
+        self._ordinal = ordinal
+        self._core = _core.KVCache(*config) if ordinal is None else _core.CudaKVCache(
+            *config, ordinal, lambda size, first: cuda_memory(size, ordinal))
+
+    def _refuse_on_cuda(self):
+        """NotImplementedError for what the kernels of CUDA lack."""
+        if isinstance(self._policy, (ExpectedAttention, Custom)):
+            raise NotImplementedError(f"KVCache(): policy {type(self._policy).__name__} on CUDA; "
+                                      "the backends that have it: cpu")
+        if self._share:
+            raise NotImplementedError("KVCache(): budget is a share on CUDA, where memory does not "
+                                      "grow; the backends that have it: cpu")
+        if self._positions == "slot" and self._rope is not None:
+            raise NotImplementedError("KVCache(): positions='slot' with a rope on CUDA; the "
+                                      "backends that have it: cpu")
+
+    def _host(self, vectors=False):
+        """The core's cache on the host: of CUDA a snapshot, with keys and values or without."""
+        return self._core if self._ordinal is None else self._core.snapshot(vectors)
 
     def _budgets(self, budget):
         """(int64 [kv_heads], share or 0) of what the caller said."""
@@ -140,8 +174,11 @@ class KVCache(CoreCache):
 
     def kept(self):
         """The positions held, ascending: for each row a list of int64 arrays, one a kv head."""
+        return self._kept(self._host())
+
+    def _kept(self, core):
         n = self._numbers
-        return [[np.frombuffer(self._core.kept(row, head), np.int64).copy()
+        return [[np.frombuffer(core.kept(row, head), np.int64).copy()
                  for head in range(n["kv_heads"])] for row in range(n["batch"])]
 
     @property
@@ -152,10 +189,13 @@ class KVCache(CoreCache):
         totals, a histogram, and the last `log` evictions one by one.
         """
         tracked = self._track or type(self._policy)._needs_mass
+        core = self._host()
+        size = () if self._ordinal is None else (self._core.head_bytes,)  # the slots of the device
+        lengths = np.frombuffer(core.lengths, np.int64)
         return Ledger(self.nbytes, [
-            [head_ledger(int(seen), positions, self._core.ledger(row, head), tracked)
-             for head, positions in enumerate(heads)]
-            for row, (seen, heads) in enumerate(zip(self.length, self.kept()))])
+            [head_ledger(int(seen), positions, (*core.ledger(row, head)[:7 - len(size)], *size),
+                         tracked) for head, positions in enumerate(heads)]
+            for row, (seen, heads) in enumerate(zip(lengths, self._kept(core)))])
 
     def crop(self, n):
         """Forgets all but the first n tokens of every row.
@@ -183,8 +223,9 @@ class KVCache(CoreCache):
         """NumPy arrays and a version: fit for np.savez, no pickle. The blocks of the core are kept
         as bytes (uint8); `slots` says how many of them each kv head has."""
         state = self._described()
-        state["slots"] = np.frombuffer(self._core.slots, np.int64).copy()
-        for name, data in zip(_PARTS, self._core.save()):
+        core = self._host(vectors=True)
+        state["slots"] = np.frombuffer(core.slots, np.int64).copy()
+        for name, data in zip(_PARTS, core.save()):
             state[name] = np.frombuffer(data, np.uint8).copy()
         return state
 
@@ -206,7 +247,9 @@ class KVCache(CoreCache):
         return (f"KVCache(batch={n['batch']}, kv_heads={n['kv_heads']}, head_dim={n['head_dim']}, "
                 f"policy={self._policy!r}, budget={budget}, sinks={n['sinks']}, "
                 f"recent={n['recent']}, every={n['every']}, dtype={self._dtype}, "
-                f"positions={self._positions}, device=cpu, {self.nbytes} bytes)")
+                f"positions={self._positions}, "
+                f"device={'cpu' if self._ordinal is None else f'cuda:{self._ordinal}'}, "
+                f"{self.nbytes} bytes)")
 
 
 def pyramid(layers, budget, *, beta=20.0, reserved=0):

@@ -15,8 +15,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = ROOT / "tests/c/device"
-KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass", "merge", "backward_rows",
-           "backward_f32", "backward_sm80", "backward_sm90")
+KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass", "mass_sm80", "mass_sm90",
+           "merge", "backward_rows", "backward_f32", "backward_sm80", "backward_sm90", "kv_append",
+           "kv_step", "kv_evict", "kv_weights")
 NUMBER_TYPES = {"float32": 0, "float16": 1, "float64": 3, "int32": 6, "int64": 7}
 I32, I64, F64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -54,14 +55,14 @@ class Problem(ctypes.Structure):
         *_fields(I64, "batch heads_q heads_kv query_length kv_length depth depth_v sequences "
                       "logits pinned learned mass_length mass_queries"),
         *_fields(ctypes.c_float, "scale softcap"),
-        *_fields(I32, "dtype causal mass_maximum padding"), *_fields(POINTER, "scratch counters"),
+        *_fields(I32, "dtype causal mass_maximum prefetch"), *_fields(POINTER, "scratch counters"),
         *_fields(I64, "partial_offset state_offset lse_offset rotated_offset row_tiles"),
-        *_fields(I32, "splits clustered append aligned lean group apart reserved"),
-        ("common_window", I64), *_fields(Tensor, "held_key held_value")]
+        *_fields(I32, "splits clustered append aligned lean group apart weighs"),
+        ("common_window", I64), *_fields(Tensor, "held_key held_value"), *_fields(I32, "slots spare")]
 
 
 class Launch(ctypes.Structure):
-    _fields_ = [("kernel", I32), *_fields(ctypes.c_uint32, "grid block cluster shared")]
+    _fields_ = [("kernel", I32), *_fields(ctypes.c_uint32, "grid block cluster shared early")]
 
 
 class Plan(ctypes.Structure):
@@ -76,6 +77,7 @@ class Facts(ctypes.Structure):
 
 
 H200 = Facts(90, 132, 232448, 8)
+H200_PRODUCTS = Facts(90, 132, 232448, 8, 1)  # with wgmma
 A100 = Facts(80, 108, 166912, 0)
 SMALL = Facts(89, 142, 101376, 0)  # one warp a block where depth is 256
 
@@ -102,12 +104,14 @@ def build(folder):
         subprocess.run(command, cwd=folder / "cuda", check=True)
         return f"{name}.o"
 
-    names = ["choose.c", "merge.c", "work.c", "../core/status.c", "device.cpp", "calls.cpp",
-             *(f"{name}.cpp" for name in KERNELS)]
+    shutil.copy(ROOT / "tests/gpu/fake_cuda.c", folder / "cuda")
+    kernels = ["choose.c", "device.cpp", *(f"{name}.cpp" for name in KERNELS)]
+    names = ["merge.c", "work.c", "../core/status.c", "calls.cpp", "fake_cuda.c", "driver.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, names))
-    subprocess.run([compiler, "-shared", *objects, "-o", "kernels.so", "-lm"],
-                   cwd=folder / "cuda", check=True)
+        objects = dict(zip((*kernels, *names), pool.map(compile_one, (*kernels, *names))))
+    for target, own in {"kernels.so": names[:4], "libcuda.so.1": names[4:]}.items():
+        subprocess.run([compiler, "-shared", *(objects[n] for n in (*kernels, *own)), "-o", target,
+                        "-lm"], cwd=folder / "cuda", check=True)
     library = ctypes.CDLL(str(folder / "cuda/kernels.so"))
     assert library.size_of_problem() == ctypes.sizeof(Problem)
     assert library.size_of_backward_params() == ctypes.sizeof(BackwardParams)
@@ -333,10 +337,24 @@ class Call:
 
     def run(self, library, facts=H200):
         self.plan = Plan()
+        if self.problem.mass and self.out.size and not self.problem.row_lse.data:
+            library.sa_cuda_choose(ctypes.byref(self.problem), ctypes.byref(facts),
+                                   ctypes.byref(self.plan))
+            if self.problem.weighs:  # the host clears nothing
+                self.mass.fill(np.nan)
         status = library.run_problem(ctypes.byref(self.problem), ctypes.byref(facts),
                                      ctypes.byref(self.plan))
         assert status == 0, "a counter is not zero" if status > 0 else "the grid is too large"
         return self.out, self.lse, self.mass
+
+    def weigh(self, library, lse, row_weights=None, facts=H200):
+        """Mass alone."""
+        for name, array in (("row_lse", lse), ("row_weights", row_weights)):
+            if array is not None:
+                strides = [stride // array.itemsize for stride in array.strides]
+                setattr(self.problem, name, Rows(array.ctypes.data, *strides,
+                                                 NUMBER_TYPES[array.dtype.name]))
+        return self.run(library, facts)[2]
 
 
 class SinkCache:

@@ -19,7 +19,7 @@ PACKAGE = ("cache.py", "config.py", "functional.py", "kv_cache.py", "policy.py",
            sorted((ROOT / "sinkattn/torch").glob("*.py"))])  # commands speak to a person instead
 STRING = r'"((?:[^"\\]|\\.)*)"'
 FORMAT = rf"((?:{STRING}|PRI\w64|\s)+)"
-NEEDS_GPU = ("csrc/cuda/", "csrc/python/bind_cuda_cache.c", "csrc/python/device.c")
+NEEDS_GPU = ("csrc/cuda/", "csrc/python/bind_cuda_", "csrc/python/cuda_object.c", "csrc/python/device.c")
 SILENT = {"interrupted": "Python's own KeyboardInterrupt is raised in its place: test_interrupt.py",
           "has a loop for this kind": "met by the bench's tests where the processor has no bf16 dot product",
           "too many arrays in one call": "two for each argument are fewer than there is room for",

@@ -1,5 +1,5 @@
 """The suite on CUDA: wrappers that take and give NumPy arrays (or torch tensors of the CPU) and run
-`attend`, `attend_backward`, `mass`, `merge` and `SinkCache` on torch tensors of the device. The tests stay as they are."""
+`attend`, `attend_backward`, `mass`, `merge` and the caches on torch tensors of the device. The tests stay as they are."""
 
 import numpy as np
 
@@ -99,8 +99,8 @@ def _run(function, q, k, v, numbers, keywords):
 
 
 def wrappers(numbers):
-    """attend, attend_backward, mass, merge and SinkCache for the device; `numbers`: auxiliary arrays go there too."""
-    attend_there, cache_there, merge_there = sinkattn.attend, sinkattn.SinkCache, sinkattn.merge
+    """attend, attend_backward, mass, merge and the caches for the device; `numbers`: auxiliary arrays go there too."""
+    attend_there, merge_there = sinkattn.attend, sinkattn.merge
     backward_there, mass_there = sinkattn.attend_backward, sinkattn.mass
 
     def attend(q, k, v, **keywords):
@@ -117,25 +117,29 @@ def wrappers(numbers):
     def merge(outs, lses):
         return to_host(merge_there([to_device(x) for x in outs], [to_device(x) for x in lses]), outs[0])
 
-    class SinkCache:
-        def __init__(self, *arguments, **keywords):
-            self._cache = cache_there(*arguments, **{"device": "cuda", **keywords})
+    def cache_of(there):
+        class Cache:
+            def __init__(self, *arguments, **keywords):
+                self._cache = there(*arguments, **{"device": "cuda", **keywords})
 
-        def attend(self, q, k, v, **keywords):
-            return _run(self._cache.attend, q, k, v, numbers, keywords)
+            def attend(self, q, k, v, **keywords):
+                return _run(self._cache.attend, q, k, v, numbers, keywords)
 
-        def copy(self):
-            twin = object.__new__(SinkCache)
-            twin._cache = self._cache.copy()
-            return twin
+            def copy(self):
+                twin = object.__new__(Cache)
+                twin._cache = self._cache.copy()
+                return twin
 
-        def __deepcopy__(self, memo):
-            return self.copy()
+            def __deepcopy__(self, memo):
+                return self.copy()
 
-        def __reduce__(self):
-            return self._cache.__reduce__()
+            def __reduce__(self):
+                return self._cache.__reduce__()
 
-        def __getattr__(self, name):
-            return getattr(self._cache, name)
+            def __getattr__(self, name):
+                return getattr(self._cache, name)
 
-    return {"attend": attend, "attend_backward": attend_backward, "mass": mass, "merge": merge, "SinkCache": SinkCache}
+        return Cache
+
+    return {"attend": attend, "attend_backward": attend_backward, "mass": mass, "merge": merge,
+            "SinkCache": cache_of(sinkattn.SinkCache), "KVCache": cache_of(sinkattn.KVCache)}

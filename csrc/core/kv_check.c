@@ -2,6 +2,7 @@
 
 #include <inttypes.h>
 #include <math.h>
+#include <stddef.h>
 
 #include "cache_check.h"
 #include "check.h"
@@ -71,7 +72,7 @@ sa_status sa_check_kv_call(const sa_kv_config *config, const int64_t *lengths, c
                                   .pinned = config->pinned,
                                   .dtype = config->dtype};
     SA_TRY(sa_check_cache_call(&same, params));
-    for (int64_t b = 0; b < config->batch; b++) {
+    for (int64_t b = 0; b < config->batch && lengths != NULL; b++) {
         if (lengths[b] > INT64_MAX / 8 - params->query.shape[2]) {
             return sa_fail(SA_VALUE_ERROR, "%s(): row %" PRId64 " is at the end of the countable positions", params->function, b);
         }

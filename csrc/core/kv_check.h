@@ -5,6 +5,7 @@
 #include "../sinkattn.h"
 
 sa_status sa_check_kv_config(const sa_kv_config *config);
+/* lengths: [batch] tokens seen; NULL where the host does not know them. */
 sa_status sa_check_kv_call(const sa_kv_config *config, const int64_t *lengths, const sa_attend_params *params);
 sa_status sa_check_kv_index(const sa_kv_config *config, const int64_t *index, int64_t count);
 

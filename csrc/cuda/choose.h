@@ -4,12 +4,15 @@
  * sa_cuda_problem (of the backward pass: one sa_cuda_backward) by value and has only dynamic shared memory, whose size, like grid, block and cluster, is in its sa_cuda_launch.
  *
  *   decode.cu        decode_<t>_<d>    few query rows: keys split over CTAs; with `append` the whole streaming step
+ *                    decode_mass_<t>_<d>   the same and the mass of the keys, where their scores find room in shared memory
  *   prefill_sm80.cu  prefill_<t>_<d>   many query rows
  *   prefill_sm90.cu  prefill_hopper_<t>_<d>  the same on Hopper, up to depth 128 and without what changes a score
  *   attend_f32.cu    attend_f32_<d>    fp32, both
  *   cache.cu         cache_rotate      rotates a chunk into scratch
  *                    cache_commit      writes a chunk into the slots and advances lengths and lows
  *   mass.cu          mass              per-key mass from lse
+ *   mass_sm80.cu     mass_<t>_<d>      the same in half precision, summed over the queries
+ *   mass_sm90.cu     mass_hopper_<t>_<d>  the same on Hopper, up to depth 128 and without what changes a score
  *   backward_rows.cu  backward_rows, backward_numbers       what query rows bring along; gradients of small arrays
  *   backward_sm80.cu  backward_keys_<t>_<d>, backward_queries_<t>_<d>
  *   backward_sm90.cu  backward_hopper_<t>_<d>, backward_finish_<t>  both in one pass on Hopper, up to depth 128
@@ -41,6 +44,7 @@ typedef struct sa_cuda_launch {
     uint32_t block;
     uint32_t cluster; /* CTAs; 1: none */
     uint32_t shared;  /* dynamic bytes */
+    uint32_t early;   /* may begin before the kernel in front has ended: it waits itself; only what was compiled for sm_90 */
 } sa_cuda_launch;
 
 enum { SA_CUDA_MAX_LAUNCHES = 4 };
@@ -66,7 +70,7 @@ extern const int sa_cuda_kernel_count;
 int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan);
 
 /* The same for mass alone, from row_lse. */
-int sa_cuda_choose_mass(sa_cuda_problem *problem, sa_cuda_plan *plan);
+int sa_cuda_choose_mass(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan);
 
 /* The same for the gradients of a call. No launches where there are no queries: every gradient is zero. */
 int sa_cuda_choose_backward(sa_cuda_backward *backward, sa_cuda_plan *plan);

@@ -18,6 +18,8 @@
  *   v3 short set-up for one query a row; clusters of 8           11.7 / 38.4 / 128   4356   4461   19.9 / 45.8    2026-11-25
  *   v4 less code before the first key and after the last         10.3 / 37.1 / 132   4286   4388   14.4 / 41.5    2026-11-25
  *   v5 the token first, a lane for each split, early turns        10.1 / 37.4 / 126  4420   4511   12.1 / 38.8    2026-11-25
+ *   v6 asks for its first keys before it knows which, in long calls   10.4 / 38.2 / 123  4473   4531   11.9 / 37.8    2026-11-25
+ * With mass (decode_mass.cuh) 11.9 us, 53.8 us, B 64 262 us beside 242 us without; steps 14.7 / 43.6 us.
  * v4 ran on a machine whose plain read was slower by a tenth at B 64 in that run (3804 GB/s).
  * Limited by, at B 1: code that runs once and cold, about 7 cycles an instruction: of 17100 cycles 2750 pass before the first key is asked
  * for, 7500 while 64 multiprocessors draw at the full rate of the memory, 4500 from the last key to the end.
@@ -25,7 +27,7 @@
  * 100000 keys; at 131072 keys 8, 32 and 33 splits (134.8, 132.1, 132.3 us beside 125.9 with 16); two or three splits at B 64. Tried and not
  * taken up: beginning before the kernel in front has ended (programmatic launch). It costs 0.4 to 1 us at 4096 keys where that kernel lets
  * the next one begin at once; without that it gains 0.1 us there and 0.3 to 0.6 us in longer calls. */
-#include "decode_load.cuh"
+#include "decode_mass.cuh"
 
 namespace sa
 {
@@ -136,10 +138,11 @@ __device__ __forceinline__ void score_slice(const held_queries<depth> &queries, 
     }
 }
 
-/* Joins a slice in shared memory to the warp's state. `first`: its first key in the run. */
-template <typename T, int depth>
+/* Joins a slice in shared memory to the warp's state. `first`: its first key in the run; kept: where its scores are kept, if they are. */
+template <typename T, int depth, bool weighs>
 __device__ __forceinline__ void attend_slice(const sa_cuda_problem &p, const tile<SA_DECODE_ROWS> &t, const run &r, int64_t first,
-                                             bool masked, const held_queries<depth> &queries, char *stage, warp_state<depth> &state)
+                                             bool masked, const held_queries<depth> &queries, char *stage, int stride, float *kept,
+                                             warp_state<depth> &state)
 {
     constexpr int slice = shape<depth>::slice;
     score_tile<slice> scores = {};
@@ -148,6 +151,9 @@ __device__ __forceinline__ void attend_slice(const sa_cuda_problem &p, const til
     if (masked) {
         mask_scores<slice>(p, t, r, 0, first, scores);
         clear_unseen<depth>(seen_keys(scores), stage + shape<depth>::half_stage);
+    }
+    if constexpr (weighs) {
+        keep_scores<slice>(t, stride, kept, scores);
     }
     join_scores(scores, state);
     multiply_values<T, depth, slice>(shared_address(stage) + shape<depth>::half_stage, scores, state.values);
@@ -221,13 +227,14 @@ template <int depth> __device__ __forceinline__ partial merge_warps(decode_share
 
 /* --- the kernel ------------------------------------------------------------------------------------------------------------------- */
 
-/* The warp's slices of begin .. end - 1, through its ring. */
-template <typename T, int depth>
+/* The warp's slices of begin .. end - 1, through its ring. `kept`: where the scores of the split are kept, if they are. */
+template <typename T, int depth, bool weighs>
 __device__ __forceinline__ void attend_slices(const sa_cuda_problem &p, const decode_shared &s, loader<depth> &load, int begin, int end,
-                                              uint32_t queries, char *ring, uint64_t policy, warp_state<depth> &state)
+                                              uint32_t queries, char *ring, uint64_t policy, float *kept, warp_state<depth> &state)
 {
     constexpr int slice = shape<depth>::slice;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int stride = weighs ? SA_DECODE_SCORE_STRIDE((int)p.query_length * p.group) : 0;
     held_queries<depth> held;
     held.load(queries);
     int stage = 0, filling = SA_DECODE_STAGES - 1;
@@ -252,8 +259,8 @@ __device__ __forceinline__ void attend_slices(const sa_cuda_problem &p, const de
             place_token<depth>(s, ring + stage * shape<depth>::stage);
         }
         const int64_t first = s.t.seen[w.run].low + (int64_t)(w.slice - s.t.first_slice[w.run]) * slice;
-        attend_slice<T, depth>(p, s.t, s.t.list.runs[w.run], first, w.slice < w.clean_begin || w.slice >= w.clean_end, held,
-                               ring + stage * shape<depth>::stage, state);
+        attend_slice<T, depth, weighs>(p, s.t, s.t.list.runs[w.run], first, w.slice < w.clean_begin || w.slice >= w.clean_end, held,
+                                       ring + stage * shape<depth>::stage, stride, kept + (w.slice - begin) * (slice * stride), state);
         __syncwarp();
         stage = stage + 1 == SA_DECODE_STAGES ? 0 : stage + 1;
         filling = filling + 1 == SA_DECODE_STAGES ? 0 : filling + 1;
@@ -266,7 +273,21 @@ struct decode_memory {
     decode_shared &s;
     char *queries; /* [2, rows, depth]: own and for the pinned keys; at the end the merged values */
     char *rings;   /* one a warp */
+    float *scores; /* of the split, where keys are weighed */
 };
+
+/* The memory works while the CTA finds out what it has to read: the first keys and values of its share, as they lie. One thread. */
+__device__ __forceinline__ void prefetch_share(const sa_cuda_problem &p, uint32_t unit, int split)
+{
+    const uint32_t heads = (uint32_t)p.heads_kv, row = unit < heads ? 0 : unit / heads, head = unit - row * heads;
+    const uint32_t tokens = (uint32_t)(p.cache.keys != nullptr ? p.pinned + p.cache.capacity : p.kv_length), splits = (uint32_t)p.splits;
+    const uint32_t each = splits == 1 ? tokens : tokens / splits, first = each * split, limit = (uint32_t)p.prefetch / (uint32_t)(p.depth * 2),
+                   count = each < limit ? each : limit;
+    if (count > 0) {
+        prefetch_bulk(element(p.held_key, row, head, first, 2), count * (uint32_t)p.depth * 2);
+        prefetch_bulk(element(p.held_value, row, head, first, 2), count * (uint32_t)p.depth_v * 2);
+    }
+}
 
 /* Before anything is known: parameters are asked for, and what no load fills is cleared. */
 template <int depth> __device__ __forceinline__ void warm_up(const sa_cuda_problem &p, const decode_memory &m)
@@ -331,46 +352,68 @@ template <int depth> __device__ __forceinline__ void fetch_queries(const sa_cuda
     __syncthreads();
 }
 
-/* What a step does beside attending: the token into its slot, and the state forward when every CTA of the row has read it. */
+/* What a step does beside attending: the token into its slot, and the state forward when every CTA of the row has read it; that of a
+ * KVCache goes forward in the kernel behind this one. */
 __device__ __forceinline__ void append_step(const sa_cuda_problem &p, const decode_shared &s, uint32_t unit, int split, uint32_t before,
                                             uint32_t readers)
 {
     if (split == p.splits - 1 && unit % (uint32_t)p.row_tiles == 0) {
         append_token(p, s);
     }
-    if (threadIdx.x == blockDim.x - 1) {
+    if (threadIdx.x == blockDim.x - 1 && !p.slots) {
         advance(p, s.t.at, before, readers);
     }
 }
 
-/* States of warps, then of splits, become the result. */
-template <typename T, int depth>
-__device__ __forceinline__ void finish(const sa_cuda_problem &p, const decode_memory &m, uint32_t unit, int split, warp_state<depth> &state)
+/* States of warps, then of splits, become the result; then the keys of the split are weighed. */
+template <typename T, int depth, bool weighs>
+__device__ __forceinline__ void finish(const sa_cuda_problem &p, const decode_memory &m, uint32_t unit, int split, int begin, int end,
+                                       warp_state<depth> &state)
 {
+    float *sums = m.s.sums[threadIdx.x / 32];
     const partial part = merge_warps<depth>(m.s, state, m.rings, (float *)m.queries);
     if (split == 0 && m.s.t.real < m.s.t.rows) {
         pad_rows<T>(p, m.s.t);
     }
     if (p.clustered) {
         finish_cluster<T>(p, m.s.t, part, split);
+        if constexpr (weighs) {
+            sums_of_cluster(p, m.s.t, part, sums);
+        }
+        cluster_arrive_relaxed(); /* nobody leaves while others read */
+        if constexpr (weighs) {
+            weigh_slices(p, m.s.t, shape<depth>::slice, begin, end, m.scores, sums);
+        }
+        cluster_wait();
         return;
     }
     __syncthreads();
-    if (p.splits > 1) {
+    if constexpr (weighs) {
+        finish_alone<T>(p, m.s.t, part);
+        sums_alone(m.s.t, part, sums);
+        weigh_slices(p, m.s.t, shape<depth>::slice, begin, end, m.scores, sums);
+    } else if (p.splits > 1) {
         finish_scratch<T>(p, m.s.t, part, unit, split, m.rings);
     } else {
         finish_alone<T>(p, m.s.t, part);
     }
 }
 
-template <typename T, int depth> __device__ __forceinline__ void decode(const sa_cuda_problem &p)
+template <typename T, int depth, bool weighs> __device__ __forceinline__ void decode(const sa_cuda_problem &p)
 {
     extern __shared__ __align__(128) char memory[];
-    const decode_memory m = {*(decode_shared *)memory, memory + SA_DECODE_ROWS_SHARED, memory + SA_DECODE_SHARED(depth)};
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    warm_up<depth>(p, m);
+    char *rings = memory + SA_DECODE_SHARED(depth);
+    const decode_memory m = {*(decode_shared *)memory, memory + SA_DECODE_ROWS_SHARED, rings, (float *)(rings + warps * shape<depth>::ring)};
+    if (p.slots) {
+        let_next_begin();
+    }
     const uint32_t unit = p.splits == 1 ? blockIdx.x : p.clustered ? cluster_index() : blockIdx.x / (uint32_t)p.splits;
     const int split = (int)(blockIdx.x - unit * (uint32_t)p.splits);
+    if (p.prefetch > 0 && threadIdx.x == 0) {
+        prefetch_share(p, unit, split);
+    }
+    warm_up<depth>(p, m);
     if (p.lean) {
         begin_lean<depth>(p, m, unit);
     } else if (!begin_tile(p, unit, shape<depth>::slice, m.s.t)) {
@@ -398,7 +441,7 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
     /* While the first keys are on their way. */
     const uint32_t readers = (uint32_t)(p.heads_kv * p.row_tiles * p.splits);
     uint32_t before = 0;
-    if (p.append && threadIdx.x == blockDim.x - 1) {
+    if (p.append && threadIdx.x == blockDim.x - 1 && !p.slots) {
         const int64_t units = p.splits > 1 && !p.clustered ? p.batch * p.heads_kv * p.row_tiles : 0; /* their counters come first */
         before = report_read(p, units + m.s.t.at.batch, readers);
     }
@@ -412,11 +455,14 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
     if (p.append) {
         append_step(p, m.s, unit, split, before, readers);
     }
+    if (weighs && p.weighs == SA_WEIGHS_SOME) {
+        clear_mass(p, m.s.t, split);
+    }
 
     warp_state<depth> state;
     clear_state(state);
-    attend_slices<T, depth>(p, m.s, load, begin, end, shared_address(m.queries), ring, policy, state);
-    finish<T, depth>(p, m, unit, split, state);
+    attend_slices<T, depth, weighs>(p, m.s, load, begin, end, shared_address(m.queries), ring, policy, m.scores, state);
+    finish<T, depth, weighs>(p, m, unit, split, begin, end, state);
 }
 
 } // namespace sa
@@ -425,7 +471,12 @@ template <typename T, int depth> __device__ __forceinline__ void decode(const sa
     extern "C" __global__ void __launch_bounds__(32 * SA_DECODE_WARPS, 1)                                                                  \
         decode_##name##_##depth(const __grid_constant__ sa_cuda_problem p)                                                                 \
     {                                                                                                                                      \
-        sa::decode<sa::name, depth>(p);                                                                                                    \
+        sa::decode<sa::name, depth, false>(p);                                                                                             \
+    }                                                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(32 * SA_DECODE_WARPS, 1)                                                                  \
+        decode_mass_##name##_##depth(const __grid_constant__ sa_cuda_problem p)                                                            \
+    {                                                                                                                                      \
+        sa::decode<sa::name, depth, true>(p);                                                                                              \
     }
 
 SA_DECODE(f16, 64)

@@ -18,6 +18,7 @@ struct decode_shared {
     alignas(16) uint16_t new_key[256];
     alignas(16) uint16_t new_value[256];
     float states[SA_DECODE_ROWS][2][SA_DECODE_WARPS]; /* maximum and sum of each warp */
+    alignas(16) float sums[SA_DECODE_WARPS][SA_DECODE_ROWS]; /* of whole rows in log2 units, a copy a warp, where keys are weighed */
 };
 static_assert(sizeof(decode_shared) <= SA_DECODE_ROWS_SHARED, "room for what is known of the rows");
 
@@ -44,7 +45,7 @@ template <int depth> __device__ __forceinline__ uint4 load_piece(const sa_cuda_p
 
 /* Queries of a tile whose rows are known, by all threads. */
 template <int depth>
-__device__ void load_queries(const sa_cuda_problem &p, const decode_shared &s, const sa_cuda_tensor &source, char *target)
+__device__ inline void load_queries(const sa_cuda_problem &p, const decode_shared &s, const sa_cuda_tensor &source, char *target)
 {
     for (int i = threadIdx.x; i < SA_DECODE_ROWS * shape<depth>::pieces; i += blockDim.x) {
         const int row = i / shape<depth>::pieces, piece = i % shape<depth>::pieces;
@@ -123,19 +124,20 @@ template <typename T, int depth> __device__ void turn_all(const sa_cuda_problem 
 }
 
 /* Writes the token of a step into its slot. No query of this call sees what stood there: it left the window. */
-__device__ void append_token(const sa_cuda_problem &p, const decode_shared &s)
+__device__ inline void append_token(const sa_cuda_problem &p, const decode_shared &s)
 {
     const place &at = s.t.at;
     if (at.query_count == 0) {
         return;
     }
-    const int64_t slot = at.length < p.pinned ? at.length : ring_slot(p, at.length);
-    const int64_t row = (at.batch * p.heads_kv + s.t.kv_head) * (p.pinned + p.cache.capacity) + slot;
+    const int64_t slot = p.slots ? at.key_count : at.length < p.pinned ? at.length : ring_slot(p, at.length);
+    uint16_t *key = (uint16_t *)(uintptr_t)element(p.held_key, at.batch, s.t.kv_head, slot, 2),
+             *value = (uint16_t *)(uintptr_t)element(p.held_value, at.batch, s.t.kv_head, slot, 2);
     for (int64_t d = threadIdx.x; d < p.depth; d += blockDim.x) {
-        ((uint16_t *)p.cache.keys)[row * p.depth + d] = s.new_key[d];
+        key[d] = s.new_key[d];
     }
     for (int64_t d = threadIdx.x; d < p.depth_v; d += blockDim.x) {
-        ((uint16_t *)p.cache.values)[row * p.depth_v + d] = s.new_value[d];
+        value[d] = s.new_value[d];
     }
 }
 

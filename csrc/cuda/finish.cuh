@@ -60,7 +60,8 @@ template <typename T, int row_limit> __device__ void finish_alone(const sa_cuda_
 }
 
 /* The splits are the CTAs of a cluster: each finishes a share of the outputs from everybody's shared memory. Eight lanes share two outputs,
- * a split each, so that every thread asks for one state and one pair of values. Needs no barrier before it. */
+ * a split each, so that every thread asks for one state and one pair of values. Needs no barrier before it; the caller
+ * puts one behind it, as nobody leaves while others read. */
 template <typename T, int row_limit>
 __device__ __forceinline__ void finish_cluster(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part, int rank)
 {
@@ -102,8 +103,6 @@ __device__ __forceinline__ void finish_cluster(const sa_cuda_problem &p, const t
             }
         }
     }
-    cluster_arrive_relaxed(); /* nobody leaves while others read */
-    cluster_wait();
 }
 
 /* Adds up a tile of few outputs: each thread takes four of them and every n-th split, then the threads of an output add up theirs. */

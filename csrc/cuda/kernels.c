@@ -10,7 +10,12 @@
 
 enum { MAX_KERNELS = 256, MAX_IMAGES = 32 };
 
-static const sa_cuda_kernel own_kernels[SA_OWN_KERNELS] = {[SA_KERNEL_STAGE] = {"stage", "stage"}, [SA_KERNEL_MERGE] = {"merge", "merge"}};
+static const sa_cuda_kernel own_kernels[SA_OWN_KERNELS] = {
+    [SA_KERNEL_STAGE] = {"stage", "stage"},          [SA_KERNEL_MERGE] = {"merge", "merge"},
+    [SA_KERNEL_KV_APPEND] = {"kv_append", "kv_append"}, [SA_KERNEL_KV_STEP] = {"kv_step", "kv_step"},
+    [SA_KERNEL_KV_EVICT] = {"kv_evict", "kv_evict"},    [SA_KERNEL_KV_MASS] = {"kv_mass", "kv_evict"},
+    [SA_KERNEL_KV_WEIGHTS] = {"kv_weights", "kv_weights"},
+};
 
 typedef struct library {
     const char *image;
@@ -127,7 +132,14 @@ sa_status sa_device_launch(const char *function, const sa_device_scope *scope, c
     if (!is_ready(scope, launch->kernel)) {
         SA_TRY(prepare(function, scope, launch->kernel));
     }
-    CUlaunchAttribute cluster = {.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, .value.clusterDim = {launch->cluster, 1, 1}};
+    CUlaunchAttribute attributes[2];
+    unsigned count = 0;
+    if (launch->cluster > 1) {
+        attributes[count++] = (CUlaunchAttribute){.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, .value.clusterDim = {launch->cluster, 1, 1}};
+    }
+    if (launch->early) {
+        attributes[count++] = (CUlaunchAttribute){.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, .value.programmaticStreamSerializationAllowed = 1};
+    }
     const CUlaunchConfig config = {
         .gridDimX = launch->grid,
         .gridDimY = 1,
@@ -137,8 +149,8 @@ sa_status sa_device_launch(const char *function, const sa_device_scope *scope, c
         .blockDimZ = 1,
         .sharedMemBytes = launch->shared,
         .hStream = stream,
-        .attrs = &cluster,
-        .numAttrs = launch->cluster > 1 ? 1 : 0,
+        .attrs = attributes,
+        .numAttrs = count,
     };
     void *parameters[] = {pod};
     const CUfunction known = scope->primary ? one->functions[scope->ordinal] : NULL;

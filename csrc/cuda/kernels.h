@@ -6,7 +6,17 @@
 
 #include "driver.h"
 
-enum { SA_KERNEL_STAGE, SA_KERNEL_MERGE, SA_OWN_KERNELS }; /* the host's own, behind sa_cuda_kernel_count */
+/* The host's own, behind sa_cuda_kernel_count. */
+enum {
+    SA_KERNEL_STAGE,
+    SA_KERNEL_MERGE,
+    SA_KERNEL_KV_APPEND,
+    SA_KERNEL_KV_STEP,
+    SA_KERNEL_KV_EVICT,
+    SA_KERNEL_KV_MASS,
+    SA_KERNEL_KV_WEIGHTS,
+    SA_OWN_KERNELS
+};
 
 /* `pod` is the kernel's only parameter, passed by value. */
 sa_status sa_device_launch(const char *function, const sa_device_scope *scope, const sa_cuda_launch *launch, void *pod, void *stream);

@@ -6,38 +6,12 @@
  * One CTA per 64 keys of one run of one kv head; a thread owns a key and every fourth query of a tile of 16 rows (whole queries where the
  * group fits). flops = 2 * depth * visible pairs * heads_q on plain FMA units: right before fast. */
 #include "finish.cuh"
+#include "mass.cuh"
 
 namespace sa
 {
 
 constexpr int mass_keys = SA_MASS_KEYS, mass_rows = SA_MASS_ROWS, mass_parts = 32 * SA_MASS_WARPS / SA_MASS_KEYS;
-
-struct mass_shared {
-    place at;
-    run_list list;
-    int64_t first, window; /* first key of the run; widest window of the group */
-    int64_t first_query, end_query;
-    int run, kv_head;
-};
-
-/* Where the mass of key 0 of a run goes, and how many keys at the front are not reported. */
-struct mass_place {
-    int64_t index, skip;
-};
-
-/* Mass of a cache goes to the place that a position has among the positions held after the call. */
-__device__ mass_place place_mass(const sa_cuda_problem &p, const place &at, const run &r)
-{
-    if (p.cache.keys == nullptr) {
-        return {at.key_begin + r.position, 0};
-    }
-    if (r.kind == run_pinned) {
-        return {r.position, 0};
-    }
-    const int64_t length = at.length + at.query_count, low = most(at.low, length - p.cache.capacity);
-    return {least(p.pinned, length) + r.position - low, clamp(low - r.position, 0, r.count)};
-}
-static_assert(sizeof(mass_shared) <= SA_ROWS_SHARED, "room for what is known of the rows");
 
 __device__ __forceinline__ float load_wide(const sa_cuda_problem &p, const char *row, int64_t d)
 {
@@ -46,86 +20,12 @@ __device__ __forceinline__ float load_wide(const sa_cuda_problem &p, const char 
                                     : bf16::wide(((const uint16_t *)row)[d]);
 }
 
-/* Goes to the run and the keys of part `index` of a row; false where it has fewer. */
-__device__ bool find_keys(mass_shared &s, int64_t &index)
-{
-    for (int i = 0; i < s.list.count; i++) {
-        const int64_t tiles = s.list.runs[i].kind == run_learned ? 0 : (s.list.runs[i].count + mass_keys - 1) / mass_keys;
-        if (index < tiles) {
-            s.run = i;
-            s.first = index * mass_keys;
-            return true;
-        }
-        index -= tiles;
-    }
-    return false;
-}
-
-/* Which queries of the row may see the keys. */
-__device__ void find_queries(const sa_cuda_problem &p, mass_shared &s)
-{
-    const run &r = s.list.runs[s.run];
-    const int64_t group = p.heads_q / p.heads_kv, last = least(s.first + mass_keys, r.count) - 1;
-    s.window = 1;
-    for (int64_t h = 0; h < group; h++) {
-        s.window = most(s.window, window_of(p, s.kv_head * group + h));
-    }
-    const int64_t counted = p.mass_queries < 0 ? 0 : most(s.at.query_count - p.mass_queries, 0);
-    int64_t first = r.position + s.first - s.at.position, end = s.at.query_count;
-    if (!p.causal) {
-        first = r.kind == run_plain ? first - s.window + 1 : 0;
-    }
-    if (r.kind == run_plain) {
-        end = least(end, r.position + last + s.window - s.at.position);
-    }
-    s.first_query = most(first, counted);
-    s.end_query = end;
-}
-
-/* Place, runs, keys and queries of a CTA. All lanes of a warp. */
-__device__ bool begin_mass(const sa_cuda_problem &p, mass_shared &s)
-{
-    const int lane = threadIdx.x % 32;
-    const int head = (int)(blockIdx.x % p.heads_kv);
-    int64_t index = blockIdx.x / p.heads_kv, rows = p.sequences, row = 0;
-    if (p.sequences == 0) {
-        const int64_t each = gridDim.x / (p.heads_kv * p.batch);
-        row = index / each;
-        index %= each;
-        rows = row + 1;
-    }
-    bool found = false;
-    for (; row < rows && !found; row++) {
-        const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
-        __syncwarp();
-        fill_runs(run_of(p, at, head, lane), s.list);
-        __syncwarp();
-        if (lane == 0) {
-            s.at = at;
-            s.kv_head = head;
-            found = find_keys(s, index);
-            if (found) {
-                find_queries(p, s);
-            }
-        }
-        found = __shfl_sync(~0u, found, 0);
-        index = __shfl_sync(~0u, index, 0);
-    }
-    return found;
-}
-
 __device__ void load_wide_rows(const sa_cuda_problem &p, const char *source, int64_t stride, int rows, float *target)
 {
     const int width = (int)p.depth;
     for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
         target[i / width * (width + 1) + i % width] = load_wide(p, source + i / width * stride, i % width);
     }
-}
-
-__device__ __forceinline__ float row_number(const sa_cuda_rows &rows, int64_t batch, int64_t head, int64_t token)
-{
-    const int64_t at = batch * rows.batch + head * rows.head + token * rows.token;
-    return rows.type == SA_NUMBER_F32 ? ((const float *)rows.data)[at] : (float)number_of(rows.data, rows.type, at);
 }
 
 /* The weight that one query of one head gives to the thread's key, 0 where it does not see it. */
@@ -161,11 +61,6 @@ __device__ float mass_weight(const sa_cuda_problem &p, const mass_shared &s, int
     return p.row_weights.data != nullptr ? weight * row_number(p.row_weights, s.at.batch, head, token) : weight;
 }
 
-__device__ __forceinline__ double join_mass(const sa_cuda_problem &p, double total, double weight)
-{
-    return !p.mass_maximum ? total + weight : weight > total || weight != weight ? weight : total;
-}
-
 __device__ __forceinline__ void mass(const sa_cuda_problem &p)
 {
     extern __shared__ __align__(128) char memory[];
@@ -174,7 +69,7 @@ __device__ __forceinline__ void mass(const sa_cuda_problem &p)
     float *keys = (float *)(memory + SA_ROWS_SHARED), *queries = keys + mass_keys * stride;
     double *totals = (double *)(memory + SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS(stride)); /* [parts, keys] */
     const int own = threadIdx.x % mass_keys, part = threadIdx.x / mass_keys;
-    if (!__syncthreads_or(threadIdx.x < 32 && begin_mass(p, s))) {
+    if (!__syncthreads_or(threadIdx.x < 32 && begin_mass(p, s, mass_keys))) {
         return;
     }
     const run &r = s.list.runs[s.run];

@@ -63,7 +63,7 @@ static sa_status run(const char *function, const sa_device_scope *scope, const s
 {
     const int64_t pieces = ceil_div(problem->depth * sa_dtype_size((sa_dtype)problem->dtype), 16);
     const int64_t grid = min_i64(ceil_div(problem->rows * pieces, SA_MERGE_THREADS), SA_MERGE_CTAS);
-    const sa_cuda_launch launch = {sa_cuda_kernel_count + SA_KERNEL_MERGE, (uint32_t)grid, SA_MERGE_THREADS, 1, 0};
+    const sa_cuda_launch launch = {sa_cuda_kernel_count + SA_KERNEL_MERGE, (uint32_t)grid, SA_MERGE_THREADS, 1, 0, 0};
     if (grid == 0) {
         return SA_OK;
     }

@@ -29,6 +29,9 @@ enum {
     SA_NUMBER_U64, /* bool is U8 */
 };
 
+/* Which keys a decode kernel that weighs meets. */
+enum { SA_WEIGHS_NONE, SA_WEIGHS_SOME, SA_WEIGHS_ALL };
+
 /* A tensor; strides count elements, any sign, 0 allowed. Axes that it does not have have stride 0. data NULL: not given. */
 typedef struct sa_cuda_tensor {
     void *data;
@@ -80,7 +83,7 @@ typedef struct sa_cuda_problem {
     sa_cuda_numbers alibi_slopes;     /* [batch, heads_q] */
     sa_cuda_numbers window;           /* [heads_q, -] 0: none; not with a cache */
     sa_cuda_numbers starts;           /* [batch, -] */
-    sa_cuda_numbers lengths;          /* [batch, -] */
+    sa_cuda_numbers lengths;          /* [batch, heads_kv] */
     sa_cuda_numbers query_lengths;    /* [batch, -]; new_lengths of a cache */
     sa_cuda_numbers cumulative_query; /* [sequences + 1, -] */
     sa_cuda_numbers cumulative_key;   /* [sequences + 1, -] */
@@ -88,7 +91,7 @@ typedef struct sa_cuda_problem {
     sa_cuda_rows row_lse;     /* [batch, heads_q, query_length], natural log, where mass alone is wanted; data NULL: lse */
     sa_cuda_rows row_weights; /* the same axes: what the mass of a row is multiplied with; data NULL: 1 */
     float *lse;  /* [batch, heads_q, query_length] dense, nullable */
-    float *mass; /* [batch, heads_kv, mass_length] dense, zeroed by the host on the stream before the plan runs, nullable */
+    float *mass; /* [batch, heads_kv, mass_length] dense, nullable; zeroed on the stream before the plan runs unless it `weighs` */
     int64_t batch, heads_q, heads_kv, query_length, kv_length, depth, depth_v;
     int64_t sequences;    /* packed sequences; 0: batch rows */
     int64_t logits;       /* sink logits a head */
@@ -101,7 +104,7 @@ typedef struct sa_cuda_problem {
     int32_t dtype;        /* SA_CUDA_* of every tensor and of the cache */
     int32_t causal;
     int32_t mass_maximum; /* over the queries; 0: sum */
-    int32_t padding;
+    int32_t prefetch;     /* sa_cuda_choose: bytes of keys, and as many rows of values, that a CTA of decode asks for before all else */
 
     /* filled by the host after sa_cuda_choose */
     void *scratch;      /* plan.scratch_bytes, 256-byte aligned, any content; must not be shared by launches that may overlap */
@@ -120,9 +123,11 @@ typedef struct sa_cuda_problem {
     int32_t lean;           /* one query a row and one window for all: every head sees the same keys */
     int32_t group;          /* query heads of a kv head */
     int32_t apart;          /* pinned keys are treated otherwise than the others */
-    int32_t reserved;
+    int32_t weighs;         /* SA_WEIGHS_*: the decode kernel gives the mass as well, and writes all of it */
     int64_t common_window;               /* of all heads, as the kernels count it; 0: it differs or is on the device */
-    sa_cuda_tensor held_key, held_value; /* where a row's keys lie: the call's tensors, or the cache */
+    sa_cuda_tensor held_key, held_value; /* where a row's keys lie: the call's tensors, or the cache; of `slots` the host fills them */
+    int32_t slots; /* of the host: `lengths` are held in slots of a KVCache, and the call's keys come behind them: a step of one token */
+    int32_t spare;
 } sa_cuda_problem;
 
 /* Tiles, known to choose.c and to the kernels. A row of a tile is one query of one head of a group. A slice is what a warp of the decode
@@ -132,6 +137,7 @@ enum {
     SA_DECODE_STAGES = 3,
     SA_DECODE_WARPS = 8,   /* at most */
     SA_DECODE_CLUSTER = 8, /* at most */
+    SA_DECODE_RUNS = 6,    /* slices that runs leave unfilled, at most */
     SA_F32_ROWS = 16,
     SA_F32_KEYS = 32,
     SA_F32_WARPS = 4,
@@ -144,11 +150,18 @@ enum {
     SA_MASS_KEYS = 64,
     SA_MASS_ROWS = 16,
     SA_MASS_WARPS = 8,
+    SA_MASS_HALF_ROWS = 64, /* of the tensor-core form */
+    SA_MASS_HALF_WARPS = 4,
+    SA_MASS_HOPPER_KEYS = 256,
+    SA_MASS_HOPPER_ROWS = 128,
+    SA_MASS_HOPPER_STAGES = 3,
+    SA_MASS_HOPPER_THREADS = 256,
     SA_CACHE_WARPS = 4,
     SA_COMMIT_TOKENS = 64, /* tokens of a CTA */
 };
 
 #define SA_DECODE_SLICE(depth) ((depth) == 64 ? 32 : 16) /* keys; depth: 64, 128 or 256 */
+#define SA_DECODE_WEIGHING_WARPS(depth) ((depth) == 256 ? 2 : 4) /* at least, where scores are kept beside the rings */
 #define SA_PREFILL_KEYS(depth) ((depth) == 256 ? 32 : 64)
 
 #define SA_CUDA_NO_WINDOW (INT64_MAX / 4)
@@ -156,6 +169,7 @@ enum {
 /* Dynamic shared memory: what is known of the rows of a tile, then queries, keys and values. The decode kernel's rings come on top. */
 #define SA_ROWS_SHARED 3072
 #define SA_DECODE_ROWS_SHARED 6144
+#define SA_DECODE_SCORE_STRIDE(rows) ((rows) < 3 ? (rows) : ((rows) + 3) / 4 * 4) /* floats of a key's scores */
 #define SA_DECODE_SHARED(depth) (SA_DECODE_ROWS_SHARED + 2 * SA_DECODE_ROWS * (depth) * 2)
 #define SA_F32_SHARED(depth) (SA_ROWS_SHARED + 4 * ((SA_F32_ROWS + 2 * SA_F32_KEYS) * ((depth) + 4) + SA_F32_ROWS * (SA_F32_KEYS + 4)))
 #define SA_PREFILL_SHARED(depth) (SA_ROWS_SHARED + 2 * (depth) * (SA_PREFILL_ROWS + 4 * SA_PREFILL_KEYS(depth)))
@@ -163,6 +177,12 @@ enum {
 #define SA_HOPPER_SHARED(depth) (SA_HOPPER_ROWS_SHARED + 2 * (depth) * (SA_HOPPER_ROWS + 2 * SA_HOPPER_STAGES * SA_HOPPER_KEYS))
 #define SA_MASS_SHARED_TOTALS(stride) ((4 * (SA_MASS_KEYS + SA_MASS_ROWS) * (stride) + 7) / 8 * 8)
 #define SA_MASS_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS((depth) + 1) + 8 * 32 * SA_MASS_WARPS)
+#define SA_MASS_HALF_KEYS(depth) ((depth) == 256 ? 64 : 128)
+#define SA_MASS_HALF_KNOWN (2 * SA_MASS_HALF_ROWS * 32)
+#define SA_MASS_HALF_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_HALF_KNOWN + 2 * SA_MASS_HALF_ROWS * (depth) * 2)
+#define SA_MASS_HOPPER_FACTS (SA_MASS_HOPPER_STAGES * SA_MASS_HOPPER_ROWS * 8)
+#define SA_MASS_HOPPER_SHARED(depth)                                                                                                       \
+    (SA_ROWS_SHARED + SA_MASS_HOPPER_FACTS + 2 * (depth) * (SA_MASS_HOPPER_KEYS + SA_MASS_HOPPER_STAGES * SA_MASS_HOPPER_ROWS))
 #define SA_ROTATE_SHARED (2 * 2 * 128 * 4)
 
 #ifdef __cplusplus
@@ -178,6 +198,6 @@ SA_CUDA_ASSERT(offsetof(sa_cuda_problem, sink_logits) == 224, "layout of sa_cuda
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, cache) == 584, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, batch) == 768, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, scratch) == 896, "layout of sa_cuda_problem");
-SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 1056, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 1064, "layout of sa_cuda_problem");
 
 #endif

@@ -60,9 +60,10 @@ __device__ __forceinline__ float number_at(const sa_cuda_numbers &numbers, int64
                                    : (float)number_of(numbers.data, numbers.type, first * numbers.stride[0] + second * numbers.stride[1]);
 }
 
-__device__ __forceinline__ int64_t integer_at(const sa_cuda_numbers &numbers, int64_t first)
+__device__ __forceinline__ int64_t integer_at(const sa_cuda_numbers &numbers, int64_t first, int64_t second = 0)
 {
-    return numbers.data == nullptr ? (int64_t)numbers.value : integer_of(numbers.data, numbers.type, first * numbers.stride[0]);
+    return numbers.data == nullptr ? (int64_t)numbers.value
+                                   : integer_of(numbers.data, numbers.type, first * numbers.stride[0] + second * numbers.stride[1]);
 }
 
 __device__ __forceinline__ int64_t window_of(const sa_cuda_problem &p, int64_t head)
@@ -107,7 +108,8 @@ struct place {
     int64_t length, low; /* of a cache, before the call */
 };
 
-__device__ inline place batch_row(const sa_cuda_problem &p, int64_t row)
+/* `head`: of keys and values; lengths may differ between them. */
+__device__ inline place batch_row(const sa_cuda_problem &p, int64_t row, int64_t head = 0)
 {
     place at = {};
     at.batch = row;
@@ -121,8 +123,8 @@ __device__ inline place batch_row(const sa_cuda_problem &p, int64_t row)
         return at;
     }
     at.key_begin = p.starts.given ? clamp(integer_at(p.starts, row), 0, p.kv_length) : 0;
-    at.key_count = p.lengths.given ? clamp(integer_at(p.lengths, row), 0, p.kv_length - at.key_begin) : p.kv_length - at.key_begin;
-    at.position = at.key_count - at.query_count;
+    at.key_count = p.lengths.given ? clamp(integer_at(p.lengths, row, head), 0, p.kv_length - at.key_begin) : p.kv_length - at.key_begin;
+    at.position = p.slots ? at.key_count : at.key_count - at.query_count;
     return at;
 }
 

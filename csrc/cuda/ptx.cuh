@@ -152,6 +152,18 @@ __device__ __forceinline__ uint32_t count_up(uint32_t *counter, uint32_t count)
     return before;
 }
 
+/* Without waiting for what was there. */
+__device__ __forceinline__ void add_to(int64_t *number, int64_t added)
+{
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(number), "l"(added) : "memory");
+}
+
+/* Rounded by itself: scores are to be those of the host, ties included, whose compiler joins no product with a sum. */
+__device__ __forceinline__ double product(double a, double b)
+{
+    return __dmul_rn(a, b);
+}
+
 /* Counts an arrival, with all that the CTA wrote before its last barrier, at a counter that returns to 0. True for the last of `count`. */
 __device__ __forceinline__ bool arrive(uint32_t *counter, uint32_t count)
 {
@@ -159,6 +171,18 @@ __device__ __forceinline__ bool arrive(uint32_t *counter, uint32_t count)
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(count - 1) : "memory");
     return before == count - 1;
 }
+
+#if __CUDA_ARCH__ >= 900
+/* Asks for memory that is read later: from there to the L2. Multiples of 16 bytes. */
+__device__ __forceinline__ void prefetch_bulk(const void *address, uint32_t bytes)
+{
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+}
+#else
+__device__ __forceinline__ void prefetch_bulk(const void *, uint32_t)
+{
+}
+#endif
 
 /* --- clusters (sm_90 and later) -------------------------------------------------------------------------------------------------- */
 
@@ -168,6 +192,17 @@ __device__ __forceinline__ uint32_t cluster_index()
     uint32_t index;
     asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
     return index;
+}
+
+/* The kernel behind this one may begin, and waits in wait_for_last for what this one writes. */
+__device__ __forceinline__ void let_next_begin()
+{
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_last()
+{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_arrive()
@@ -204,6 +239,14 @@ __device__ __forceinline__ float2 cluster_load_pair(uint32_t address)
 __device__ __forceinline__ uint32_t cluster_index()
 {
     return blockIdx.x;
+}
+
+__device__ __forceinline__ void let_next_begin()
+{
+}
+
+__device__ __forceinline__ void wait_for_last()
+{
 }
 
 __device__ __forceinline__ void cluster_arrive()

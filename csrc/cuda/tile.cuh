@@ -160,6 +160,13 @@ __device__ __forceinline__ run lean_run(const sa_cuda_problem &p, const place &a
         position = index == 2 ? 0 : most(pinned, at.key_count - p.common_window);
         first = at.key_begin + position;
         count = index == 2 ? pinned : index == 3 ? at.key_count - position : 0;
+        if (p.slots && index == 1) { /* as with a cache */
+            first = 0;
+            count = at.query_count;
+            position = at.key_count;
+            kind = p.apart && position < p.pinned ? run_pinned : run_plain;
+            raw = true;
+        }
     }
     if (p.learned > 0 && index == 0) {
         key = p.sink_key;
@@ -185,7 +192,7 @@ __device__ __forceinline__ void fill_lean_tile(const sa_cuda_problem &p, int64_t
                                                tile<row_limit> &t)
 {
     const int lane = threadIdx.x % 32, group = p.group;
-    const place at = batch_row(p, row);
+    const place at = batch_row(p, row, head);
     const int rows = group - first_row < row_limit ? group - first_row : row_limit, real = at.query_count > 0 ? rows : 0;
     const run own = lean_run(p, at, head, lane);
     const int place = fill_runs(own, t.list);
@@ -227,7 +234,7 @@ template <int row_limit> __device__ __forceinline__ bool find_tile(const sa_cuda
     int64_t index = p.sequences > 0 ? unit / heads : unit % tiles, row = unit / tiles / heads;
     const bool exists = p.sequences == 0 || find_sequence(p, (uint32_t)p.heads_q / heads, row_limit, index, row);
     if (exists) {
-        const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row);
+        const place at = p.sequences > 0 ? packed_row(p, row) : batch_row(p, row, head);
         fill_tile(p, at, index * row_limit, (int)head, slice, t);
     }
     return exists;

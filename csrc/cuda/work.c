@@ -158,16 +158,16 @@ static sa_status full_facts(const char *function, const sa_device_scope *scope, 
 
 /* --- a call ------------------------------------------------------------------------------------------------------------------------ */
 
-/* Counters of the cache, of the stream, or of the graph; where there are none, some of the caller's memory, which is cleared. */
-static sa_status find_counters(const sa_cuda_store *cache, void *stream, sa_cuda_work *work)
+/* Counters of a cache (own), of the stream, or of the graph; where there are none, some of the caller's memory, which is cleared. */
+static sa_status find_counters(uint32_t *own, int64_t own_count, void *stream, sa_cuda_work *work)
 {
     const int64_t count = work->plan.counter_count;
     work->counters = NULL;
     if (count == 0) {
         return SA_OK;
     }
-    if (cache != NULL && count <= cache->counter_count) {
-        work->counters = cache->counters;
+    if (count <= own_count) {
+        work->counters = own;
         return SA_OK;
     }
     return sa_counters_take(work->function, &work->scope, stream, count, &work->counters);
@@ -197,7 +197,7 @@ static void clear_first(sa_cuda_work *work, void *data, int64_t offset, int64_t 
 static void clear_mass(sa_cuda_work *work)
 {
     const sa_cuda_problem *p = &work->problem;
-    if (p->mass != NULL) {
+    if (p->mass != NULL && p->weighs == SA_WEIGHS_NONE) {
         clear_first(work, p->mass, 0, p->batch * p->heads_kv * p->mass_length * (int64_t)sizeof(float));
     }
 }
@@ -208,17 +208,26 @@ static sa_status too_large(const sa_cuda_work *work)
                    work->function, work->problem.batch, work->problem.heads_q, work->problem.query_length);
 }
 
-static sa_status plan(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work)
+static sa_status plan(const sa_attend_params *params, const sa_cuda_store *cache, const sa_cuda_beside *slots, sa_cuda_work *work)
 {
     sa_cuda_device facts;
     SA_TRY(full_facts(params->function, &work->scope, &facts));
     describe(params, cache, &work->problem);
+    if (slots != NULL && slots->keys != NULL) {
+        work->problem.slots = 1;
+        work->problem.held_key = tensor_of(slots->keys);
+        work->problem.held_value = tensor_of(slots->values);
+        work->problem.kv_length = work->problem.mass_length = slots->keys->shape[2];
+    }
     work->staged_count = work->cleared_count = 0;
     take_arrays(params, work);
-    if (sa_cuda_choose(&work->problem, &facts, &work->plan) != 0) {
-        return too_large(work);
-    }
-    SA_TRY(find_counters(cache, stream, work));
+    return sa_cuda_choose(&work->problem, &facts, &work->plan) != 0 ? too_large(work) : SA_OK;
+}
+
+static sa_status plan_call(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work)
+{
+    SA_TRY(plan(params, cache, NULL, work));
+    SA_TRY(find_counters(cache != NULL ? cache->counters : NULL, cache != NULL ? cache->counter_count : 0, stream, work));
     lay_out_memory(work);
     clear_mass(work);
     return SA_OK;
@@ -228,11 +237,20 @@ sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cac
 {
     work->function = params->function;
     SA_TRY(sa_device_enter(params->function, params->device, &work->scope));
-    const sa_status status = plan(params, cache, stream, work);
+    const sa_status status = plan_call(params, cache, stream, work);
     if (status != SA_OK) {
         sa_device_leave(&work->scope);
     }
     return status;
+}
+
+sa_status sa_cuda_begin_slots(const sa_attend_params *params, const sa_cuda_beside *slots, void *stream, sa_cuda_work *work)
+{
+    work->function = params->function;
+    SA_TRY(plan(params, NULL, slots, work));
+    SA_TRY(find_counters(slots->counters, slots->counter_count, stream, work));
+    lay_out_memory(work);
+    return SA_OK;
 }
 
 /* --- mass alone -------------------------------------------------------------------------------------------------------------------- */
@@ -253,13 +271,15 @@ static void take_rows(sa_cuda_work *work, const sa_floats *from, sa_cuda_rows *t
 
 static sa_status plan_mass(const sa_mass_params *params, sa_cuda_work *work)
 {
+    sa_cuda_device facts;
+    SA_TRY(full_facts(work->function, &work->scope, &facts));
     describe(&params->attend, NULL, &work->problem);
     work->staged_count = work->cleared_count = 0;
     work->counters = NULL;
     take_arrays(&params->attend, work);
     take_rows(work, &params->lse, &work->problem.row_lse);
     take_rows(work, &params->row_weights, &work->problem.row_weights);
-    if (sa_cuda_choose_mass(&work->problem, &work->plan) != 0) {
+    if (sa_cuda_choose_mass(&work->problem, &facts, &work->plan) != 0) {
         return too_large(work);
     }
     lay_out_memory(work);

@@ -43,6 +43,18 @@ typedef struct sa_cuda_work {
 
 /* Plans a checked call with its results in place; `cache` NULL: none. On SA_OK the device is current until sa_cuda_end; otherwise nothing is to be ended. */
 sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work);
+/* Slots of a KVCache. With keys and values of its own a call is a step, whose token is to be written behind the `lengths` that are held;
+ * whether it can be, plan.append of the problem says. */
+typedef struct sa_cuda_beside {
+    const sa_tensor *keys, *values; /* NULL: they are the call's */
+    uint32_t *counters;             /* of the cache, at zero */
+    int64_t counter_count;
+} sa_cuda_beside;
+
+/* The same over the slots of a KVCache; lengths may be [batch, heads_kv], of a device. The device is current already, work->scope says which,
+ * and stays so. Mass is not cleared before: what lies behind a row's length is not to be read. */
+sa_status sa_cuda_begin_slots(const sa_attend_params *params, const sa_cuda_beside *slots, void *stream, sa_cuda_work *work);
+
 sa_status sa_cuda_begin_mass(const sa_mass_params *params, sa_cuda_work *work);
 sa_status sa_cuda_begin_backward(const sa_attend_backward_params *params, sa_cuda_work *work);
 sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream);

@@ -13,10 +13,11 @@
 
 /* What a module keeps. */
 typedef struct sa_module {
-    PyTypeObject *cache_type, *cuda_cache_type, *kv_type, *buffer_type;
+    PyTypeObject *cache_type, *cuda_cache_type, *kv_type, *cuda_kv_type, *buffer_type;
     PyObject *exchange_name, *dlpack_name, *device_name, *interface_name, *grad_name, *negated_name; /* interned */
     PyObject *libraries; /* sinkattn._libraries, once it was needed */
     PyObject *autocast, *modes, *forward; /* torch's, once there was a tensor: see torch_state.c */
+    PyObject *operator; /* sinkattn.torch's attend, once it was needed */
 #ifndef Py_GIL_DISABLED
     PyTypeObject *table_type; /* the last type that had an exchange table, and the table */
     const struct DLPackExchangeAPI *table;
@@ -104,10 +105,18 @@ typedef struct sa_released {
 void sa_release(sa_released *released);
 void sa_reacquire(sa_released *released);
 
-extern PyType_Spec sa_buffer_spec, sa_cache_spec, sa_cuda_cache_spec, sa_kv_spec;
+extern PyType_Spec sa_buffer_spec, sa_cache_spec, sa_cuda_cache_spec, sa_kv_spec, sa_cuda_kv_spec;
 /* The arguments that both caches are made from; `device` and `allocate` are those of the CUDA cache, else NULL. The frequencies are
  * borrowed from `buffer`, to be released after use. */
 int sa_parse_cache_config(PyObject *arguments, sa_cache_config *config, Py_buffer *buffer, int *device, PyObject **allocate);
+
+/* The same for a KVCache: (.., budgets: int64 bytes [kv_heads], .., policy: (name, window, kernel, maximum, decay, seed), ..). Both buffers
+ * are to be released after use. */
+int sa_parse_kv_config(PyObject *arguments, sa_kv_config *config, Py_buffer *frequencies, Py_buffer *budgets, int *device, PyObject **allocate);
+
+/* What a state holds, (slots, the blocks of save()) as buffers, into a cache. SA_INTERRUPTED: with an exception. */
+sa_status sa_load_kv(PyObject *const *arguments, Py_ssize_t count, sa_kv_cache *cache);
+PyObject *sa_wrap_kv(PyTypeObject *type, sa_kv_cache *cache); /* steals it */
 
 extern PyMethodDef sa_attend_methods[], sa_mass_methods[], sa_backward_methods[], sa_merge_methods[], sa_info_methods[];
 #ifdef SA_CANARY

@@ -86,16 +86,16 @@ static int run(sa_call *call, const sa_attend_params *params, const sa_like *lik
     return status == SA_OK ? 0 : -1;
 }
 
-/* The same call through torch's dispatcher, which knows of gradients, of tensors without memory, of transformations. */
-static PyObject *through_operator(PyObject *const *arguments)
+/* The same call through torch, which knows of gradients, of tensors without memory, of transformations. */
+static PyObject *through_operator(sa_module *module, PyObject *const *arguments)
 {
     PyErr_Clear();
-    PyObject *package = PyImport_ImportModule("sinkattn.torch");
-    PyObject *function = package != NULL ? PyObject_GetAttrString(package, "attend_in_order") : NULL;
-    PyObject *answer = function != NULL ? PyObject_Vectorcall(function, arguments, ARGUMENTS, NULL) : NULL;
-    Py_XDECREF(package);
-    Py_XDECREF(function);
-    return answer;
+    if (module->operator == NULL) {
+        PyObject *package = PyImport_ImportModule("sinkattn.torch");
+        module->operator = package != NULL ? PyObject_GetAttrString(package, "attend_in_order") : NULL;
+        Py_XDECREF(package);
+    }
+    return module->operator != NULL ? PyObject_Vectorcall(module->operator, arguments, ARGUMENTS, NULL) : NULL;
 }
 
 static PyObject *attend_called(PyObject *module, PyObject *const *arguments, Py_ssize_t count, bool below_autograd)
@@ -129,7 +129,7 @@ static PyObject *attend_called(PyObject *module, PyObject *const *arguments, Py_
 end:
     sa_drop_results(&results);
     sa_call_end(&call);
-    return answer == NULL && call.to_operator ? through_operator(arguments) : answer;
+    return answer == NULL && call.to_operator ? through_operator(call.module, arguments) : answer;
 }
 
 static PyObject *attend(PyObject *module, PyObject *const *arguments, Py_ssize_t count)

@@ -1,127 +1,30 @@
 /* _core.CudaCache: SinkCache on a CUDA device. The same methods as _core.Cache; memory comes from a function of the caller. */
-#include <stdatomic.h>
-#include <string.h>
-
 #include "../core/cache_check.h"
 #include "../cuda/cache.h"
 #include "bind_params.h"
-#include "device.h"
+#include "cuda_object.h"
 
 typedef struct cache_object {
-    PyObject_HEAD
+    sa_cuda_object base;
     sa_cuda_store store;
-    DLDevice device;
-    PyObject *allocate; /* allocate(bytes, first) -> array, or None: from the driver */
-    PyObject *storage;
-    const DLPackExchangeAPI *api; /* of the storage: its library's current stream is ours; NULL: that of the last call */
-    void *stream;
-    atomic_flag busy;
 } cache_object;
-
-/* One method at work: the cache is ours, its device current. */
-typedef struct session {
-    cache_object *cache;
-    const char *function;
-    sa_device_scope scope;
-    void *stream;
-} session;
-
-static cache_object *enter(PyObject *self)
-{
-    cache_object *object = (cache_object *)self;
-    if (atomic_flag_test_and_set(&object->busy)) {
-        PyErr_SetString(PyExc_RuntimeError, "SinkCache is in use by another call; give each thread a cache of its own");
-        return NULL;
-    }
-    return object;
-}
-
-static void leave(cache_object *object)
-{
-    atomic_flag_clear(&object->busy);
-}
-
-static int begin(PyObject *self, const char *function, session *out)
-{
-    *out = (session){.cache = enter(self), .function = function};
-    if (out->cache == NULL) {
-        return -1;
-    }
-    const sa_status status = sa_device_enter(function, out->cache->device.device_id, &out->scope);
-    if (status != SA_OK) {
-        leave(out->cache);
-        sa_raise(status);
-        return -1;
-    }
-    out->stream = out->cache->stream;
-    if (out->cache->api != NULL) {
-        out->cache->api->current_stream(DL_CUDA, out->cache->device.device_id, &out->stream);
-    }
-    return 0;
-}
-
-/* Raises what the status stands for, and gives None where it is fine. */
-static PyObject *finish(const session *at, sa_status status)
-{
-    sa_device_leave(&at->scope);
-    leave(at->cache);
-    sa_raise(status);
-    return status == SA_OK ? Py_NewRef(Py_None) : NULL;
-}
 
 /* --- making ---------------------------------------------------------------------------------------------------------------------- */
 
-/* Gets memory from allocate(); the new object owns it and knows its library's stream. */
-static int take_storage(sa_call *call, cache_object *self, int64_t bytes, bool first, void **memory)
+static sa_cuda_store *store_of(const sa_session *at)
 {
-    sa_raw view = {0};
-    sa_like like;
-    self->storage = PyObject_CallFunction(self->allocate, "LO", (long long)bytes, first ? Py_True : Py_False);
-    if (self->storage == NULL) {
-        return -1;
-    }
-    if (self->storage == Py_None) {
-        Py_SETREF(self->storage, sa_new_device_buffer(call, self->device, bytes, memory));
-        call->wait = true; /* no library whose stream orders what follows */
-        return self->storage == NULL ? -1 : 0;
-    }
-    const int found = sa_raw_of_object(call, "storage", self->storage, &view, &like);
-    if (found == 0) {
-        PyErr_Format(PyExc_TypeError, "%s(): storage is %s, expected a CUDA array", call->function, Py_TYPE(self->storage)->tp_name);
-    }
-    if (found != 1 || sa_check_storage(call, &view, bytes) < 0) {
-        return -1;
-    }
-    self->api = like.api;
-    self->stream = call->stream;
-    *memory = view.data;
-    return 0;
+    return &((cache_object *)at->object)->store;
 }
 
 static cache_object *new_object(PyTypeObject *type, int device, PyObject *allocate)
 {
-    cache_object *self = PyObject_New(cache_object, type);
-    if (self != NULL) {
-        memset((char *)self + offsetof(cache_object, store), 0, sizeof *self - offsetof(cache_object, store));
-        self->device = (DLDevice){DL_CUDA, device};
-        self->allocate = Py_NewRef(allocate);
-        atomic_flag_clear(&self->busy);
-    }
-    return self;
-}
-
-static sa_call call_for(const cache_object *self, PyTypeObject *type, const char *function)
-{
-    sa_call call = {.module = PyType_GetModuleState(type), .function = function, .device_of = "the cache"};
-    call.device = self->device;
-    call.device_known = true;
-    return call;
+    return sa_cuda_object_new(type, sizeof(cache_object), "SinkCache", device, allocate);
 }
 
 static sa_status place(sa_call *call, cache_object *self, const sa_cache_config *config, void *memory)
 {
     sa_device_scope scope;
-    SA_TRY(sa_device_enter(call->function, self->device.device_id, &scope));
+    SA_TRY(sa_device_enter(call->function, self->base.device.device_id, &scope));
     sa_status status = sa_cuda_store_place(config, memory, &scope, call->stream, &self->store);
     if (status == SA_OK) {
         status = sa_settle_streams(call);
@@ -152,8 +55,8 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
     sa_status status = sa_check_cache_config(&config);
     bool failed = self == NULL || status != SA_OK;
     if (!failed) {
-        sa_call call = call_for(self, type, "SinkCache");
-        failed = take_storage(&call, self, sa_cuda_store_bytes(&config), true, &memory) < 0;
+        sa_call call = sa_cuda_call(&self->base, type, "SinkCache");
+        failed = sa_cuda_take_storage(&call, &self->base, sa_cuda_store_bytes(&config), true, &memory) < 0;
         if (!failed && keep) {
             sa_cuda_store_lay_out(&config, memory, &self->store);
         } else if (!failed) {
@@ -172,24 +75,19 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
 
 static void cache_dealloc(PyObject *object)
 {
-    cache_object *self = (cache_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
-    Py_XDECREF(self->storage);
-    Py_XDECREF(self->allocate);
-    PyObject_Free(object);
-    Py_DECREF(type);
+    sa_cuda_object_free((sa_cuda_object *)object);
 }
 
 /* Another cache of the same configuration, laid out and not filled. */
 static cache_object *new_like(cache_object *self, const char *function)
 {
     void *memory;
-    cache_object *twin = new_object(Py_TYPE(self), self->device.device_id, self->allocate);
+    cache_object *twin = new_object(Py_TYPE(self), self->base.device.device_id, self->base.allocate);
     if (twin == NULL) {
         return NULL;
     }
-    sa_call call = call_for(self, Py_TYPE(self), function);
-    const int failed = take_storage(&call, twin, sa_cuda_store_bytes(&self->store.config), false, &memory);
+    sa_call call = sa_cuda_call(&self->base, Py_TYPE(self), function);
+    const int failed = sa_cuda_take_storage(&call, &twin->base, sa_cuda_store_bytes(&self->store.config), false, &memory);
     if (failed == 0) {
         sa_cuda_store_lay_out(&self->store.config, memory, &twin->store);
     }
@@ -215,7 +113,7 @@ static PyObject *attend_locked(sa_call *call, cache_object *self, PyObject *cons
         sa_parse_cache_call(call, arguments, &params, &results.like) < 0) {
         goto end;
     }
-    if (self->api != NULL && sa_follow_exchange(call, self->api, self->device) < 0) { /* q of another library than the storage */
+    if (self->base.api != NULL && sa_follow_exchange(call, self->base.api, self->base.device) < 0) { /* q of another library than the storage */
         goto end;
     }
     const sa_status status = sa_check_cache_call(&store->config, &params);
@@ -227,7 +125,7 @@ static PyObject *attend_locked(sa_call *call, cache_object *self, PyObject *cons
         sa_run_on_cuda(call, &params, store, &results.like) < 0) {
         goto end;
     }
-    self->stream = call->stream;
+    self->base.stream = call->stream;
     answer = sa_take_results(call, &results);
 end:
     sa_drop_results(&results);
@@ -240,13 +138,13 @@ static PyObject *cache_attend(PyObject *self, PyObject *const *arguments, Py_ssi
         PyErr_Format(PyExc_TypeError, "CudaCache.attend takes %d arguments, got %zd", SA_CACHE_ARGUMENTS, count);
         return NULL;
     }
-    cache_object *cache = enter(self);
-    if (cache == NULL) {
+    cache_object *cache = (cache_object *)self;
+    if (!sa_cuda_enter(&cache->base)) {
         return NULL;
     }
-    sa_call call = call_for(cache, Py_TYPE(self), "SinkCache.attend");
+    sa_call call = sa_cuda_call(&cache->base, Py_TYPE(self), "SinkCache.attend");
     PyObject *answer = attend_locked(&call, cache, arguments);
-    leave(cache);
+    sa_cuda_leave(&cache->base);
     sa_call_end(&call);
     return answer;
 }
@@ -256,17 +154,17 @@ static PyObject *cache_attend(PyObject *self, PyObject *const *arguments, Py_ssi
 static PyObject *cache_copy(PyObject *self, PyObject *unused)
 {
     (void)unused;
-    session at;
+    sa_session at;
     cache_object *twin = new_like((cache_object *)self, "copy");
-    if (twin == NULL || begin(self, "copy", &at) < 0) {
+    if (twin == NULL || sa_session_begin(self, "copy", &at) < 0) {
         Py_XDECREF(twin);
         return NULL;
     }
-    sa_status status = sa_cuda_store_copy(&twin->store, &at.cache->store, at.stream);
-    if (status == SA_OK && twin->api == NULL) { /* the copy may be used on another stream at once */
+    sa_status status = sa_cuda_store_copy(&twin->store, store_of(&at), at.stream);
+    if (status == SA_OK && twin->base.api == NULL) { /* the copy may be used on another stream at once */
         status = sa_device_wait("copy", at.stream);
     }
-    PyObject *done = finish(&at, status);
+    PyObject *done = sa_session_end(&at, status);
     if (done == NULL) {
         Py_DECREF(twin);
         return NULL;
@@ -278,27 +176,27 @@ static PyObject *cache_copy(PyObject *self, PyObject *unused)
 /* mask: bytes [batch], or None for all. */
 static PyObject *cache_reset(PyObject *self, PyObject *mask)
 {
-    session at;
+    sa_session at;
     const bool *rows;
-    if (sa_parse_rows(mask, ((cache_object *)self)->store.config.batch, &rows) < 0 || begin(self, "reset", &at) < 0) {
+    if (sa_parse_rows(mask, ((cache_object *)self)->store.config.batch, &rows) < 0 || sa_session_begin(self, "reset", &at) < 0) {
         return NULL;
     }
-    return finish(&at, sa_cuda_store_reset(&at.cache->store, &at.scope, rows, at.stream));
+    return sa_session_end(&at, sa_cuda_store_reset(store_of(&at), &at.scope, rows, at.stream));
 }
 
-static sa_status reorder(cache_object *before, const session *at, const int64_t *index)
+static sa_status reorder(cache_object *before, const sa_session *at, const int64_t *index)
 {
-    sa_cuda_store *store = &at->cache->store;
+    sa_cuda_store *store = store_of(at);
     SA_TRY(sa_cuda_store_copy(&before->store, store, at->stream));
     SA_TRY(sa_cuda_store_gather(store, &before->store, index, at->stream));
-    return before->api == NULL ? sa_device_wait("reorder", at->stream) : SA_OK; /* else its memory goes back in the order of the stream */
+    return before->base.api == NULL ? sa_device_wait("reorder", at->stream) : SA_OK; /* else its memory goes back in the order of the stream */
 }
 
 static PyObject *cache_reorder(PyObject *self, PyObject *index)
 {
-    sa_call call = call_for((cache_object *)self, Py_TYPE(self), "reorder");
+    sa_call call = sa_cuda_call((sa_cuda_object *)self, Py_TYPE(self), "reorder");
     sa_ints order = {0};
-    session at;
+    sa_session at;
     PyObject *done = NULL;
     cache_object *before = NULL;
     call.reads_device = true; /* copies of rows are ordered by the host */
@@ -311,8 +209,8 @@ static PyObject *cache_reorder(PyObject *self, PyObject *index)
         goto end;
     }
     before = new_like((cache_object *)self, "reorder");
-    if (before != NULL && begin(self, "reorder", &at) == 0) {
-        done = finish(&at, reorder(before, &at, order.data));
+    if (before != NULL && sa_session_begin(self, "reorder", &at) == 0) {
+        done = sa_session_end(&at, reorder(before, &at, order.data));
     }
 end:
     Py_XDECREF(before);
@@ -322,17 +220,17 @@ end:
 
 static PyObject *cache_crop(PyObject *self, PyObject *length)
 {
-    sa_call call = call_for((cache_object *)self, Py_TYPE(self), "crop");
+    sa_call call = sa_cuda_call((sa_cuda_object *)self, Py_TYPE(self), "crop");
     int64_t tokens;
-    session at;
-    if (sa_parse_crop(&call, length, &tokens) < 0 || begin(self, "crop", &at) < 0) {
+    sa_session at;
+    if (sa_parse_crop(&call, length, &tokens) < 0 || sa_session_begin(self, "crop", &at) < 0) {
         return NULL;
     }
     sa_status status;
     Py_BEGIN_ALLOW_THREADS
-        status = sa_cuda_store_crop(&at.cache->store, &at.scope, tokens, at.stream);
+        status = sa_cuda_store_crop(store_of(&at), &at.scope, tokens, at.stream);
     Py_END_ALLOW_THREADS
-    return finish(&at, status);
+    return sa_session_end(&at, status);
 }
 
 static PyObject *new_bytes(int64_t count)
@@ -348,15 +246,15 @@ static void *bytes_of(PyObject *bytes)
 /* Reads what is not NULL, and waits for it. */
 static PyObject *read_back(PyObject *self, const char *function, PyObject *keys, PyObject *values, PyObject *lengths, PyObject *lows)
 {
-    session at;
-    if (begin(self, function, &at) < 0) {
+    sa_session at;
+    if (sa_session_begin(self, function, &at) < 0) {
         return NULL;
     }
     sa_status status;
     Py_BEGIN_ALLOW_THREADS
-        status = sa_cuda_store_read(&at.cache->store, bytes_of(keys), bytes_of(values), bytes_of(lengths), bytes_of(lows), at.stream);
+        status = sa_cuda_store_read(store_of(&at), bytes_of(keys), bytes_of(values), bytes_of(lengths), bytes_of(lows), at.stream);
     Py_END_ALLOW_THREADS
-    return finish(&at, status);
+    return sa_session_end(&at, status);
 }
 
 /* (keys, values, lengths, lows) as bytes: a snapshot. */
@@ -379,9 +277,9 @@ static PyObject *cache_save(PyObject *self, PyObject *unused)
 }
 
 /* Checked and cleaned by a cache of the host, then copied. */
-static sa_status restore(const session *at, const Py_buffer parts[4])
+static sa_status restore(const sa_session *at, const Py_buffer parts[4])
 {
-    sa_cuda_store *store = &at->cache->store;
+    sa_cuda_store *store = store_of(at);
     const int64_t counters = store->config.batch * (int64_t)sizeof(int64_t);
     if (parts[0].len != store->key_bytes || parts[1].len != store->value_bytes || parts[2].len != counters || parts[3].len != counters) {
         return sa_fail(SA_VALUE_ERROR, "load_state_dict(): keys, values, length and low do not have the sizes of this cache");
@@ -399,11 +297,11 @@ static sa_status restore(const session *at, const Py_buffer parts[4])
 static PyObject *cache_load(PyObject *self, PyObject *arguments)
 {
     Py_buffer parts[4];
-    session at;
+    sa_session at;
     if (!PyArg_ParseTuple(arguments, "y*y*y*y*", &parts[0], &parts[1], &parts[2], &parts[3])) {
         return NULL;
     }
-    PyObject *done = begin(self, "load_state_dict", &at) == 0 ? finish(&at, restore(&at, parts)) : NULL;
+    PyObject *done = sa_session_begin(self, "load_state_dict", &at) == 0 ? sa_session_end(&at, restore(&at, parts)) : NULL;
     for (int i = 0; i < 4; i++) {
         PyBuffer_Release(&parts[i]);
     }

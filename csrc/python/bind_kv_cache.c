@@ -45,47 +45,60 @@ static PyObject *wrap(PyTypeObject *type, sa_kv_cache *cache)
     return (PyObject *)self;
 }
 
-/* budgets: int64 bytes [kv_heads]; policy: (name, window, kernel, maximum, decay, seed). */
+PyObject *sa_wrap_kv(PyTypeObject *type, sa_kv_cache *cache)
+{
+    return wrap(type, cache);
+}
+
+int sa_parse_kv_config(PyObject *arguments, sa_kv_config *config, Py_buffer *frequencies, Py_buffer *budgets, int *device, PyObject **allocate)
+{
+    const char *dtype, *policy, *form = "LLLLLLLLLy*d(sLLpdK)psy*dppp", *more = "LLLLLLLLLy*d(sLLpdK)psy*dpppiO";
+    long long n[9], window, kernel;
+    unsigned long long seed;
+    int maximum, track, interleaved, applied, slot;
+    if (!PyArg_ParseTuple(arguments, device != NULL ? more : form, &n[0], &n[1], &n[2], &n[3], &n[4], &n[5], &n[6], &n[7], &n[8], budgets,
+                          &config->share, &policy, &window, &kernel, &maximum, &config->policy.decay, &seed, &track, &dtype, frequencies,
+                          &config->attention_scaling, &interleaved, &applied, &slot, device, allocate)) {
+        return -1;
+    }
+    int64_t *const numbers[9] = {&config->batch,  &config->heads_kv, &config->depth, &config->depth_v, &config->pinned,
+                                 &config->recent, &config->every,    &config->part,  &config->log};
+    for (int i = 0; i < 9; i++) {
+        *numbers[i] = n[i];
+    }
+    config->policy.kind = sa_policy_named(policy);
+    config->policy.window = window;
+    config->policy.kernel = kernel;
+    config->policy.maximum = maximum;
+    config->policy.seed = seed;
+    config->track_mass = track;
+    config->dtype = strcmp(dtype, "float32") == 0 ? SA_F32 : strcmp(dtype, "float16") == 0 ? SA_F16 : SA_BF16;
+    config->budgets = budgets->buf;
+    config->inv_freq = frequencies->len > 0 ? frequencies->buf : NULL;
+    config->inv_freq_count = frequencies->len / (Py_ssize_t)sizeof(double);
+    config->interleaved = interleaved;
+    config->applied = applied;
+    config->slot_positions = slot;
+    if (config->heads_kv < 1 || budgets->len / 8 == config->heads_kv) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "KVCache(): budget has %zd entries, expected %lld (kv_heads)", budgets->len / 8, (long long)config->heads_kv);
+    PyBuffer_Release(frequencies);
+    PyBuffer_Release(budgets);
+    return -1;
+}
+
 static PyObject *kv_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
     (void)keywords;
     sa_kv_config config = {0};
     Py_buffer frequencies, budgets;
-    const char *dtype, *policy;
-    long long n[9], window, kernel;
-    unsigned long long seed;
-    int maximum, track, interleaved, applied, slot;
-    if (!PyArg_ParseTuple(arguments, "LLLLLLLLLy*d(sLLpdK)psy*dppp", &n[0], &n[1], &n[2], &n[3], &n[4], &n[5], &n[6], &n[7], &n[8], &budgets,
-                          &config.share, &policy, &window, &kernel, &maximum, &config.policy.decay, &seed, &track, &dtype, &frequencies,
-                          &config.attention_scaling, &interleaved, &applied, &slot)) {
+    if (sa_parse_kv_config(arguments, &config, &frequencies, &budgets, NULL, NULL) < 0) {
         return NULL;
     }
-    int64_t *const numbers[9] = {&config.batch,  &config.heads_kv, &config.depth, &config.depth_v, &config.pinned,
-                                 &config.recent, &config.every,    &config.part,  &config.log};
-    for (int i = 0; i < 9; i++) {
-        *numbers[i] = n[i];
-    }
-    config.policy.kind = sa_policy_named(policy);
-    config.policy.window = window;
-    config.policy.kernel = kernel;
-    config.policy.maximum = maximum;
-    config.policy.seed = seed;
-    config.track_mass = track;
-    config.dtype = strcmp(dtype, "float32") == 0 ? SA_F32 : strcmp(dtype, "float16") == 0 ? SA_F16 : SA_BF16;
-    config.budgets = budgets.buf;
-    config.inv_freq = frequencies.len > 0 ? frequencies.buf : NULL;
-    config.inv_freq_count = frequencies.len / (Py_ssize_t)sizeof(double);
-    config.interleaved = interleaved;
-    config.applied = applied;
-    config.slot_positions = slot;
     sa_kv_cache *cache = NULL;
-    sa_status status = SA_VALUE_ERROR;
-    if (config.heads_kv >= 1 && budgets.len / 8 != config.heads_kv) {
-        PyErr_Format(PyExc_ValueError, "KVCache(): budget has %zd entries, expected %lld (kv_heads)", budgets.len / 8, (long long)config.heads_kv);
-    } else {
-        status = sa_kv_new(&config, &cache);
-        sa_raise(status);
-    }
+    const sa_status status = sa_kv_new(&config, &cache);
+    sa_raise(status);
     PyBuffer_Release(&frequencies);
     PyBuffer_Release(&budgets);
     return status == SA_OK ? wrap(type, cache) : NULL;
@@ -350,32 +363,39 @@ static PyObject *kv_save(PyObject *self, PyObject *unused)
     return state;
 }
 
-/* (slots, the blocks of save()) as buffers. */
-static PyObject *kv_load(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+sa_status sa_load_kv(PyObject *const *arguments, Py_ssize_t count, sa_kv_cache *cache)
 {
     Py_buffer parts[SA_KV_BLOCKS + 1];
     int open = 0;
     while (open < count && open <= SA_KV_BLOCKS && PyObject_GetBuffer(arguments[open], &parts[open], PyBUF_SIMPLE) == 0) {
         open++;
     }
-    sa_status status = SA_VALUE_ERROR;
-    sa_kv_cache *cache = open == SA_KV_BLOCKS + 1 ? enter(self) : NULL;
-    if (cache != NULL && parts[0].len == sa_kv_describe(cache)->heads_kv * (Py_ssize_t)sizeof(int64_t)) {
+    sa_status status = SA_INTERRUPTED; /* an exception is set */
+    if (open == SA_KV_BLOCKS + 1 && parts[0].len == sa_kv_describe(cache)->heads_kv * (Py_ssize_t)sizeof(int64_t)) {
         sa_kv_block blocks[SA_KV_BLOCKS];
         for (int i = 0; i < SA_KV_BLOCKS; i++) {
             blocks[i] = (sa_kv_block){parts[i + 1].buf, parts[i + 1].len};
         }
         status = sa_kv_restore(cache, parts[0].buf, blocks);
-        sa_raise(status);
     } else if (!PyErr_Occurred()) {
         PyErr_SetString(PyExc_ValueError, "load_state_dict(): the blocks of a state do not have the sizes of this cache");
-    }
-    if (cache != NULL) {
-        leave(self);
     }
     for (int i = 0; i < open; i++) {
         PyBuffer_Release(&parts[i]);
     }
+    return status;
+}
+
+/* (slots, the blocks of save()) as buffers. */
+static PyObject *kv_load(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    sa_kv_cache *cache = enter(self);
+    if (cache == NULL) {
+        return NULL;
+    }
+    const sa_status status = sa_load_kv(arguments, count, cache);
+    leave(self);
+    sa_raise(status);
     return status != SA_OK ? NULL : Py_NewRef(Py_None);
 }
 

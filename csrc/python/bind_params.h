@@ -2,7 +2,7 @@
 #ifndef SA_BIND_PARAMS_H
 #define SA_BIND_PARAMS_H
 
-#include "../cuda/cache.h"
+#include "../cuda/kv_store.h"
 #include "array.h"
 
 typedef struct sa_score_arguments {
@@ -45,6 +45,9 @@ int sa_make_results(sa_call *call, sa_attend_params *params, PyObject *out, bool
 
 /* Launches a checked call with its results in place; `cache` NULL: none. Memory for its length comes from the allocator of `like`. */
 int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_store *cache, const sa_like *like);
+
+/* The same for a KVCache. */
+int sa_run_kv_on_cuda(sa_call *call, const sa_attend_params *params, sa_cuda_kv *store, const sa_like *like);
 
 /* The same for mass alone, and for gradients. */
 int sa_run_mass_on_cuda(sa_call *call, const sa_mass_params *params, const sa_like *like);

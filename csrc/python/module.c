@@ -34,7 +34,8 @@ static int execute(PyObject *module)
     }
 #endif
     return add_type(module, &sa_cache_spec, &state->cache_type) < 0 ||
-                   add_type(module, &sa_cuda_cache_spec, &state->cuda_cache_type) < 0 || add_type(module, &sa_kv_spec, &state->kv_type) < 0 || add_type(module, &sa_buffer_spec, &state->buffer_type) < 0 ||
+                   add_type(module, &sa_cuda_cache_spec, &state->cuda_cache_type) < 0 || add_type(module, &sa_kv_spec, &state->kv_type) < 0 ||
+                   add_type(module, &sa_cuda_kv_spec, &state->cuda_kv_type) < 0 || add_type(module, &sa_buffer_spec, &state->buffer_type) < 0 ||
                    PyModule_AddFunctions(module, sa_attend_methods) < 0 || PyModule_AddFunctions(module, sa_merge_methods) < 0 ||
                    PyModule_AddFunctions(module, sa_backward_methods) < 0 || PyModule_AddFunctions(module, sa_mass_methods) < 0 || PyModule_AddFunctions(module, sa_info_methods) < 0
                ? -1
@@ -47,11 +48,13 @@ static int traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->cache_type);
     Py_VISIT(state->cuda_cache_type);
     Py_VISIT(state->kv_type);
+    Py_VISIT(state->cuda_kv_type);
     Py_VISIT(state->buffer_type);
     Py_VISIT(state->libraries);
     Py_VISIT(state->autocast);
     Py_VISIT(state->modes);
     Py_VISIT(state->forward);
+    Py_VISIT(state->operator);
 #ifndef Py_GIL_DISABLED
     Py_VISIT(state->table_type);
 #endif
@@ -64,11 +67,13 @@ static int clear(PyObject *module)
     Py_CLEAR(state->cache_type);
     Py_CLEAR(state->cuda_cache_type);
     Py_CLEAR(state->kv_type);
+    Py_CLEAR(state->cuda_kv_type);
     Py_CLEAR(state->buffer_type);
     Py_CLEAR(state->libraries);
     Py_CLEAR(state->autocast);
     Py_CLEAR(state->modes);
     Py_CLEAR(state->forward);
+    Py_CLEAR(state->operator);
 #ifndef Py_GIL_DISABLED
     Py_CLEAR(state->table_type);
 #endif

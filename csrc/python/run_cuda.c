@@ -49,3 +49,25 @@ int sa_run_backward_on_cuda(sa_call *call, const sa_attend_backward_params *para
     sa_raise(status);
     return status == SA_OK ? finish(call, &work, like) : -1;
 }
+
+int sa_run_kv_on_cuda(sa_call *call, const sa_attend_params *params, sa_cuda_kv *store, const sa_like *like)
+{
+    sa_cuda_kv_work work;
+    void *memory = NULL;
+    sa_status status = sa_cuda_kv_plan(store, params, call->stream, &work);
+    if (status != SA_OK || sa_new_memory(call, like, work.memory_bytes, &memory) < 0) {
+        if (status == SA_OK) {
+            sa_cuda_kv_finish(&work);
+        }
+        sa_raise(status);
+        return -1;
+    }
+    sa_released released;
+    sa_release(&released);
+    status = sa_cuda_kv_run(&work, memory, call->stream);
+    status = status != SA_OK ? status : sa_settle_streams(call);
+    sa_reacquire(&released);
+    sa_cuda_kv_finish(&work);
+    sa_raise(status);
+    return status == SA_OK ? 0 : -1;
+}

@@ -66,8 +66,12 @@ int sa_refuse_lost_state(sa_call *call, const char *name, PyObject *object)
     if (tracked < 0 || enabled < 0) {
         return -1;
     }
+    if (enabled && call->has_operator) {
+        call->to_operator = true;
+        PyErr_SetNone(PyExc_NotImplementedError); /* nobody sees it */
+        return -1;
+    }
     if (enabled) {
-        call->to_operator = call->has_operator;
         PyErr_Format(PyExc_NotImplementedError,
                      "%s(): %s requires grad, and this function has no gradients: call under torch.no_grad(), or pass %s.detach()",
                      call->function, name, name);

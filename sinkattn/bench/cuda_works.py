@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 
-from sinkattn import SinkCache, attend, attend_backward
+from sinkattn import KVCache, SinkCache, attend, attend_backward, policy
 from sinkattn.bench import counts
 
 COLD = 512 << 20  # sets of arguments in turn together hold at least so many bytes: ten times the L2
@@ -143,6 +143,45 @@ def step(torch, sizes):
         del caches, kept
 
 
+STEPPED = [policy.SinkWindow(), policy.H2O(), policy.H2OEMA(), policy.TOVA(), policy.KNorm(),
+           policy.SnapKV(w=8)]
+
+
+def policies(torch, sizes):
+    """A step of KVCache by policy, beside a SinkCache of the same size: as `step`."""
+    sinks, window = sizes["cache"]
+    heads_q, heads_kv, depth, slots = 32, 8, 128, sinks + window
+    making = {"sinks": sinks, "dtype": "bfloat16", "device": "cuda"}
+    for batch in sizes["step"]:
+        moved = 2 * batch * heads_kv * slots * depth * 2
+        count = max(2, -(-sizes["cold"] // moved))
+        q, k, v = (normal(torch, batch, h, 1, depth) for h in (heads_q, heads_kv, heads_kv))
+        prompt = normal(torch, batch, heads_q, slots, depth)
+        past = [normal(torch, batch, heads_kv, slots, depth) for _ in range(2)]
+        work = Work("policies", f"policy step B {batch}",
+                    f"KVCache step by policy, B {batch}, {slots} tokens, {heads_q}/{heads_kv} "
+                    f"heads, D {depth}, bf16", "bfloat16", 4.0 * depth * slots * heads_q * batch,
+                    moved, "byte/s", 8e-3, note=f"cold: {count} caches in turn")
+
+        def add(form, make, first, q=q, k=k, v=v, count=count, work=work, prompt=prompt, past=past):
+            caches = [make() for _ in range(count)]
+            for cache in caches:
+                cache.attend(prompt, *past)
+            seen = [torch.cat([x[:, :, :sinks], x[:, :, first:], new], 2)
+                    for x, new in zip(past, (k, v))]
+            work.contestants.append(Contestant(
+                "sinkattn", form, [partial(c.attend, q, k, v) for c in caches],
+                partial(exact, torch, q, *seen)))
+
+        add("SinkCache.attend", lambda batch=batch: SinkCache(
+            batch, heads_kv, depth, window=window, **making), sinks + 1)
+        for rule in STEPPED:  # the new token sees all that is held; then one leaves
+            add(f"KVCache.attend, {type(rule).__name__}", lambda rule=rule, batch=batch: KVCache(
+                batch, heads_kv, depth, policy=rule, budget=slots, recent=window // 4,
+                track_mass=type(rule)._needs_mass, **making), sinks)
+        yield work
+
+
 def prefill(torch, sizes):
     for heads_q, heads_kv, depth, length, window, sinks in sizes["prefill"]:
         q, k, v = (normal(torch, 1, h, length, depth) for h in (heads_q, heads_kv, heads_kv))
@@ -233,15 +272,21 @@ def overhead(torch, sizes):
     right = partial(exact, torch, q, k, v)
     new = k[:, :, :1], v[:, :, :1]
     theirs = torch.nn.functional.scaled_dot_product_attention
+    import sinkattn.torch  # noqa: F401 - defines the operator
+    operator, leaf = torch.ops.sinkattn.attend, q.clone().requires_grad_()
     work.contestants += [
         Contestant("sinkattn", "attend", [partial(attend, q, k, v)], right),
+        Contestant("sinkattn", "attend, torch operator", [lambda: operator(q, k, v)[0]], right),
+        Contestant("sinkattn", "attend, recording a gradient",
+                   [lambda: attend(leaf, k, v).detach()], right),
         Contestant("sinkattn", "SinkCache.attend", [partial(cache.attend, q, *new)]),
         Contestant("torch", "SDPA", [partial(theirs, q, k, v, enable_gqa=True)], right)]
     yield work
 
 
-SUITES = {"decode": (decode,), "cache": (step,), "prefill": (prefill,), "window": (prefill,),
-          "backward": (backward,), "overhead": (overhead,)}
+SUITES = {"decode": (decode,), "cache": (step,), "policies": (policies,),
+          "prefill": (prefill,), "window": (prefill,), "backward": (backward,),
+          "overhead": (overhead,)}
 SIZES = {
     "cold": COLD,
     "decode": [(1, 32, 8, 128, 4096), (1, 32, 8, 128, 32768), (1, 32, 8, 128, 131072),

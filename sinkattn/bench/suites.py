@@ -373,9 +373,14 @@ def overhead(lab):
         tensors = [lab.tensors(q, k, v)]
         work.contestants.append(Contestant("sinkattn", "attend, torch tensors", attend, tensors,
                                            error))
-        from sinkattn.torch import attend as through_operator
-        work.contestants.append(Contestant("sinkattn", "attend, torch operator", through_operator,
-                                           tensors, error))
+        import sinkattn.torch  # noqa: F401 - defines the operator
+        operator = lab.torch.ops.sinkattn.attend
+        work.contestants.append(Contestant(
+            "sinkattn", "attend, torch operator", lambda *x: operator(*x)[0], tensors, error))
+        leaf = tensors[0][0].clone().requires_grad_()
+        work.contestants.append(Contestant(
+            "sinkattn", "attend, recording a gradient", lambda *x: attend(*x).detach(),
+            [(leaf, *tensors[0][1:])], error))
         work.contestants.append(Contestant(
             "torch", "SDPA", lab.torch.nn.functional.scaled_dot_product_attention, tensors, error))
     work.contestants.append(Contestant("NumPy", "matmul", peers.numpy_attention, [(q, k, v)],

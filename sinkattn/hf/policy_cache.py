@@ -29,9 +29,10 @@ class KVCache(StreamCache):
         prompt longer than `chunk` enters in parts, and tokens leave between them; with chunk as
         long as the prompt, the policy has seen all of it before anything leaves.
 
-    Made empty; memory is taken at the first tokens, in the dtype of the model's keys, on the CPU
-    alone for now. Distances stay those in the text: the model turns its keys itself. Rows of a
-    left-padded batch have streams of their own. `ledgers()` says what was forgotten.
+    Made empty; memory is taken at the first tokens, in the dtype and on the device of the model's
+    keys (what sinkattn.KVCache lacks on CUDA is refused then). Distances stay those in the text:
+    the model turns its keys itself. Rows of a left-padded batch have streams of their own.
+    `ledgers()` says what was forgotten.
     The model must use sinkattn's attention (`sinkattn.hf.enable`), else the first token raises.
 
         cache = KVCache(model.config, policy=sinkattn.policy.SnapKV(), budget=256)

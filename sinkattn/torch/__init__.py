@@ -5,6 +5,8 @@ itself where it must: a tensor requires grad, a compiler or a transformation is 
 on. Importing this package imports torch; importing sinkattn does not.
 """
 
+import torch
+
 from . import arguments, transforms
 from .arguments import array, check_tensor, integer, number, truth
 from .cache import SinkCache
@@ -16,7 +18,8 @@ def attend(q, k, v, *, causal=True, window=None, sinks=0, sink_logits=None, sink
            sink_q=None, sink_kv=None, scale=None, softcap=None, alibi_slopes=None, starts=None,
            lengths=None, q_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None, out=None,
            return_lse=False, return_mass=False, mass_reduce="sum", mass_queries=None):
-    """`sinkattn.attend` for torch tensors, always through the operator.
+    """`sinkattn.attend` for torch tensors, through the operator wherever something looks at it: a
+    compiler, a mode, a transformation, autocast, a profiler. Else the same call without it.
 
     Arguments, results and errors are those of `sinkattn.attend`. Gradients flow from out and lse to
     q, k, v, sink_logits, sink_bias, sink_q and sink_kv; mass has none. alibi_slopes, scale or
@@ -35,6 +38,13 @@ def attend_in_order(q, k, v, causal, window, sinks, sink_logits, sink_bias, sink
                     softcap, alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k,
                     out, return_lse, return_mass, mass_reduce, mass_queries):
     """The positional form, as the core has it."""
+    if not torch.compiler.is_dynamo_compiling() and not transforms.at_work():
+        results = transforms.attend_directly(
+            q, k, v, causal, window, sinks, sink_logits, sink_bias, sink_q, sink_kv, scale, softcap,
+            alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k, out, return_lse,
+            return_mass, mass_reduce, mass_queries)
+        if results is not None:
+            return results
     window, windows = arguments.window("attend(): window", window)
     sink_k, sink_v = arguments.pair("attend(): sink_kv", sink_kv)
     given = (

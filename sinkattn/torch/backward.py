@@ -14,10 +14,11 @@ def _rows(tensor):
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def kernel(dout, dlse, q, k, v, out, lse, causal=True, window=None, windows=None, sinks=0,
-           sink_logits=None, sink_bias=None, sink_q=None, sink_k=None, sink_v=None, scale=None,
-           softcap=None, alibi_slopes=None, starts=None, lengths=None, q_lengths=None,
-           cu_seqlens_q=None, cu_seqlens_k=None, deterministic=True):
+def gradients(dout, dlse, q, k, v, out, lse, causal=True, window=None, windows=None, sinks=0,
+              sink_logits=None, sink_bias=None, sink_q=None, sink_k=None, sink_v=None, scale=None,
+              softcap=None, alibi_slopes=None, starts=None, lengths=None, q_lengths=None,
+              cu_seqlens_q=None, cu_seqlens_k=None, deterministic=True):
+    """By name, those of what was given."""
     pair = None if sink_k is None and sink_v is None else (sink_k, sink_v)
     with torch.no_grad():  # the core refuses what requires grad; here autograd is above us
         grads = sinkattn.attend_backward(
@@ -29,6 +30,11 @@ def kernel(dout, dlse, q, k, v, out, lse, causal=True, window=None, windows=None
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if pair is not None:
         grads["sink_k"], grads["sink_v"] = grads["sink_kv"]
+    return grads
+
+
+def kernel(dout, dlse, q, *arguments):
+    grads = gradients(dout, dlse, q, *arguments)
     # Results of an operator never share memory, empty ones neither.
     return tuple(grads[name] if name in grads else q.new_empty(0)
                  for name in schema.DIFFERENTIABLE)

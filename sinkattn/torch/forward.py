@@ -48,39 +48,77 @@ def shapes(q, k, v, *rest):
 _NAMES = schema.names_of(schema.attend)
 _TENSORS = tuple(argument.name for argument in schema.attend._schema.arguments
                  if "Tensor" in str(argument.type))
+_PLAIN = tuple(name for name in KEYWORDS if name not in _TENSORS)
+_TENSORS_AT, _PLAIN_AT = (tuple(map(_NAMES.index, names)) for names in (_TENSORS, _PLAIN))
+_CONSTANTS_AT = tuple(at for at, name in enumerate(_NAMES) if name not in DIFFERENTIABLE)
 
 
 def remember(ctx, inputs, output):
-    given = dict(zip(_NAMES, inputs))
-    needed = {name for name, flag in zip(_NAMES, ctx.needs_input_grad) if flag}
-    for name in _TENSORS:
-        if name in needed and name not in DIFFERENTIABLE:
-            raise NotImplementedError(
-                f"attend(): {name} requires grad, and it has no gradient: pass {name}.detach()")
+    needs = ctx.needs_input_grad
+    for at in _CONSTANTS_AT:
+        if needs[at]:
+            raise NotImplementedError(f"attend(): {_NAMES[at]} requires grad, and it has no "
+                                      f"gradient: pass {_NAMES[at]}.detach()")
     out, lse, mass = output
     ctx.mark_non_differentiable(mass)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out, lse, *[given[name] for name in _TENSORS])
-    ctx.plain = {name: given[name] for name in KEYWORDS if name not in _TENSORS}
-    ctx.needed = needed
+    ctx.save_for_backward(out, lse, *[inputs[at] for at in _TENSORS_AT])
+    ctx.plain = [inputs[at] for at in _PLAIN_AT]
 
 
 def backward(ctx, dout, dlse, _, differentiate=schema.attend_backward):
     if dout is None and dlse is None:
         return (None,) * len(_NAMES)
     out, lse, *tensors = ctx.saved_tensors
-    given = dict(zip(_TENSORS, tensors), **ctx.plain)
+    given = dict(zip(_TENSORS + _PLAIN, (*tensors, *ctx.plain)))
+    needed = {name for name, wish in zip(_NAMES, ctx.needs_input_grad) if wish}
     grads = differentiate(
         torch.zeros_like(out) if dout is None else dout, dlse, given["q"], given["k"], given["v"],
         out, lse, *[given[name] for name in KEYWORDS],
         torch.are_deterministic_algorithms_enabled())
     # Logits and bias come in float32, whatever they were.
     answer = {name: grad.to(given[name].dtype) for name, grad in zip(DIFFERENTIABLE, grads)
-              if name in ctx.needed}
+              if name in needed}
     return tuple(answer.get(name) for name in _NAMES)
 
 
-torch.library.register_autograd("sinkattn::attend", backward, setup_context=remember, lib=library)
+class _Recorded(torch.autograd.Function):
+    """The operator with its gradient. The last argument: the dispatch keys below autograd."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *given, below = arguments
+        with torch._C._AutoDispatchBelowAutograd():
+            results = schema.attend.redispatch(below, *given)
+        remember(ctx, given, results)
+        return results
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *backward(ctx, *grads), None
+
+
+# Function.apply without its Python, which serves torch.func.
+_record_directly = super(torch.autograd.Function, _Recorded).apply
+_DEFAULTS = tuple(schema.bind(schema.attend, ()).values())
+_KERNELS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+
+
+def autograd(keyset, *arguments):
+    """What torch.library.register_autograd would make, without a second way through the dispatcher
+    where nothing stands between here and the kernel."""
+    below = keyset & torch._C._after_ADInplaceOrView_keyset
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        record = (_Recorded.apply if torch._C._are_functorch_transforms_active() else
+                  _record_directly)
+        return record(*arguments, *_DEFAULTS[len(arguments):], below)
+    if below.highestPriorityTypeId() in _KERNELS:
+        return kernel(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return schema.attend.redispatch(below, *arguments)
+
+
+library.impl("attend", autograd, "Autograd", with_keyset=True)
 
 
 # --- autocast ----------------------------------------------------------------------------------

@@ -153,7 +153,28 @@ static void measured_layouts(void)
     expect_decode(step, 2, 2, 256);
 }
 
-/* A step of one token is one launch, whatever is rotated; mass, fp32 and longer chunks take more, in this order. */
+/* A decode kernel that weighs keeps its scores beside fewer rings, in a cluster; where they find no room, a pass of its own follows. */
+static void weighing_layouts(void)
+{
+    const struct {
+        int64_t batch, keys;
+        uint32_t cluster, block;
+    } known[] = {{1, 4096, 8, 256}, {1, 32768, 8, 192}, {64, 4096, 1, 192}};
+    for (int i = 0; i < 3; i++) {
+        sa_cuda_problem p = problem_of(known[i].batch, 32, 8, 128, 1, known[i].keys, SA_CUDA_BF16);
+        p.mass = (float *)(uintptr_t)256;
+        const sa_cuda_plan plan = plan_of(&p, &h200);
+        CHECK(plan.launch_count == 1 && strncmp(plan.path, "decode_mass", 11) == 0 && p.weighs == SA_WEIGHS_ALL);
+        CHECK(plan.launches[0].cluster == known[i].cluster && plan.launches[0].block == known[i].block && p.lse_offset < 0);
+    }
+    sa_cuda_problem p = problem_of(1, 32, 8, 128, 1, 131072, SA_CUDA_BF16);
+    p.mass = (float *)(uintptr_t)256;
+    const sa_cuda_plan plan = plan_of(&p, &h200);
+    CHECK(plan.launch_count == 2 && p.splits == 16 && p.weighs == SA_WEIGHS_NONE && p.lse_offset >= 0);
+    CHECK(!strcmp(kernel_of(&plan, 1), "mass_bf16_128"));
+}
+
+/* A step of one token is one launch, whatever is rotated; fp32 and longer chunks take more, in this order. */
 static void cache_launches(void)
 {
     sa_cuda_problem p = problem_of(2, 8, 2, 64, 1, 1, SA_CUDA_BF16);
@@ -164,9 +185,12 @@ static void cache_launches(void)
     CHECK(plan.launch_count == 1 && p.append && p.lean && p.rotated_offset < 0);
     p.mass = (float *)(uintptr_t)256;
     plan = plan_of(&p, &h200);
+    CHECK(plan.launch_count == 1 && p.append && p.rotated_offset < 0 && p.weighs == SA_WEIGHS_SOME);
+    p.query_length = p.kv_length = 5; /* more rows than a tile has */
+    plan = plan_of(&p, &h200);
     CHECK(plan.launch_count == 4 && !p.append && p.rotated_offset >= 0 && p.lse_offset >= 0);
     CHECK(!strcmp(kernel_of(&plan, 0), "cache_rotate") && !strncmp(kernel_of(&plan, 1), "decode", 6));
-    CHECK(!strcmp(kernel_of(&plan, 2), "mass") && !strcmp(kernel_of(&plan, 3), "cache_commit"));
+    CHECK(!strcmp(kernel_of(&plan, 2), "mass_bf16_64") && !strcmp(kernel_of(&plan, 3), "cache_commit"));
     p.mass = NULL;
     p.query_length = p.kv_length = 500;
     plan = plan_of(&p, &h200);
@@ -251,6 +275,7 @@ int main(void)
     backward_sweep();
     one_pass();
     measured_layouts();
+    weighing_layouts();
     cache_launches();
     nothing_to_do();
     pieces_and_windows();

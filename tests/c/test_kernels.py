@@ -19,11 +19,6 @@ pytestmark = pytest.mark.skipif(
 DEVICES = {"h200": emulated.H200, "a100": emulated.A100, "small": emulated.SMALL}
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return emulated.build(tmp_path_factory.mktemp("kernels"))
-
-
 def check(got, expected, dtype, rotated=False):
     """Rotated keys are rounded once more, which the reference does not do."""
     bound = HALF_RELATIVE.get(dtype, FP32_RELATIVE) * (2 if rotated else 1)
@@ -94,9 +89,56 @@ def test_splits_meet(library, device, splits, cluster):
     q = normal(random, 2, 8, 1, 128, dtype="bfloat16")
     k, v = (normal(random, 2, 2, 1500, 128, dtype="bfloat16") for _ in range(2))
     call = emulated.Call(q, k, v, want_mass=False)
-    check(call.run(library, DEVICES[device]), reference.attend(q, k, v, return_lse=True), "bfloat16")
+    expected = reference.attend(q, k, v, return_lse=True, return_mass=True)
+    check(call.run(library, DEVICES[device]), expected, "bfloat16")
     assert call.plan.launches[0].cluster == cluster
     assert call.problem.splits == splits if splits else call.problem.splits > 1
+    call = emulated.Call(q, k, v)
+    check(call.run(library, DEVICES[device]), expected, "bfloat16")
+    np.testing.assert_allclose(call.mass, expected[2], rtol=1e-5, atol=1e-7)
+    assert call.plan.launches[0].cluster == cluster
+    assert call.plan.launch_count == 1, "mass takes no pass of its own"
+
+
+@pytest.mark.parametrize("reduce, counted", [("sum", 2), ("max", None), ("max", 1)])
+def test_mass_of_few_queries(library, reduce, counted):
+    """Out of the decode kernel: what no counted query sees is zero, whatever was there."""
+    random = np.random.default_rng(4)
+    heads = 8 if counted == 2 else 6
+    q = normal(random, 2, heads, 4, 80, dtype="float16")
+    k, v = (normal(random, 2, 2, 700, 80, dtype="float16") for _ in range(2))
+    keywords = {"sinks": 3, "window": np.array([0, 300, 40, 0, 9, 20, 30, 0][:heads]),
+                "lengths": np.array([690, 200]), "starts": np.array([0, 7]), "q_lengths": np.array([3, 4]),
+                "mass_reduce": reduce, "mass_queries": counted, "sink_logits": normal(random, heads)}
+    expected = reference.attend(q, k, v, return_lse=True, return_mass=True, **keywords)
+    for device in DEVICES.values():
+        call = emulated.Call(q, k, v, **keywords)
+        check(call.run(library, device), expected, "float16")
+        assert call.plan.launch_count == 1 or device is emulated.SMALL
+        np.testing.assert_allclose(call.mass, expected[2], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("keywords", [
+    {}, {"causal": False, "window": np.array([40, 0, 7, 300])}, {"mass_queries": 70},
+    {"sinks": 3, "window": 60, "lengths": np.array([410, 150]), "q_lengths": np.array([140, 80])}],
+    ids=lambda keywords: "-".join(keywords) or "causal")
+def test_mass_by_asynchronous_products(library, keywords):
+    """What only Hopper has, with weights of rows, and rows that give nothing."""
+    random = np.random.default_rng(5)
+    depth = 64 if keywords else 80
+    q = normal(random, 2, 4, 140, depth, dtype="bfloat16")
+    k = normal(random, 2, 2, 420, depth, dtype="bfloat16")
+    _, lse = reference.attend(q, k, k, return_lse=True, **{
+        name: x for name, x in keywords.items() if name != "mass_queries"})
+    lse = lse.astype(np.float32)
+    lse[0, 1, 3] = np.inf
+    weights = random.random(lse.shape, np.float32) if "window" in keywords else None
+    counted = {"queries" if name == "mass_queries" else name: x for name, x in keywords.items()}
+    expected = reference.mass(q, k, lse, row_weights=weights, **counted)
+    call = emulated.Call(q, k, k, **keywords)
+    got = call.weigh(library, lse, weights, emulated.H200_PRODUCTS)
+    assert call.plan.path.startswith(b"mass_hopper")
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("queries", [1, 40])
@@ -135,7 +177,7 @@ def test_stream(library, rope, mass):
         check((call.out, call.lse), expected, "float16", rotated=turn is not None)
         if mass:
             assert_close(call.mass, expected[2], 1e-2 if turn is not None else 1e-3)
-        elif tokens == 1:
+        if tokens == 1:
             assert call.plan.launch_count == 1
         np.testing.assert_array_equal(cache.lengths, exact.length)
         np.testing.assert_array_equal(cache.lows, exact._oldest)

@@ -1,11 +1,12 @@
-/* A libcuda.so.1 for machines without one: device memory is memory of the host, kernels do nothing but `stage`. FAKE_CUDA says what is
+/* A libcuda.so.1 for machines without one: device memory is memory of the host, kernels do nothing but `stage`, unless fake_run_kernel is
+ * linked to it (tests/c/device/driver.cpp), which runs them. FAKE_CUDA says what is
  * wrong with it: old, nodevice, broken, memory (none to be had), launch (kernels fail), young (no cuFuncLoad). */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "../../csrc/cuda/driver_abi.h"
-#include "../../csrc/cuda/stage.h"
+#include "driver_abi.h"
+#include "stage.h"
 
 enum { DEVICES = 2 };
 
@@ -133,9 +134,11 @@ static CUresult fake_cuKernelGetAttribute(int *value, int attribute, CUkernel ke
     return CUDA_SUCCESS;
 }
 
+__attribute__((weak)) void fake_run_kernel(const char *name, const CUlaunchConfig *config, const void *parameter);
+
 static CUresult fake_cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra)
 {
-    (void)extra, (void)config;
+    (void)extra;
     launches++;
     if (wrong("launch")) {
         return 700;
@@ -143,6 +146,8 @@ static CUresult fake_cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f
     if (strcmp(*(const char **)(void *)function, "stage") == 0) {
         const sa_stage *stage = parameters[0];
         memcpy(stage->target, stage->words, (size_t)stage->count * sizeof(uint32_t));
+    } else if (fake_run_kernel != NULL) {
+        fake_run_kernel(*(const char **)(void *)function, config, parameters[0]);
     }
     return CUDA_SUCCESS;
 }

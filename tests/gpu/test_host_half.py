@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ELF"),
 ]
+ROOT = Path(__file__).resolve().parents[2]
 BUILT = pytest.mark.skipif(sinkattn.show_config()["cuda"].startswith("not built"),
                            reason="built without nvcc")
 
@@ -45,7 +46,7 @@ D = Device(X)
 def fake(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fake")
     source = Path(__file__).with_name("fake_cuda.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-fvisibility=hidden", "-o",
+    subprocess.run(["gcc", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{ROOT}/csrc/cuda", "-o",
                     folder / "libcuda.so.1", source], check=True)
     return folder
 

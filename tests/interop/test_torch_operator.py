@@ -356,6 +356,65 @@ def test_determinism_is_asked_for_as_torch_is_asked(wish, monkeypatch):
     assert asked == [wish]
 
 
+def test_a_profiler_sees_the_operators():
+    """Calls that go straight to the core leave no line; while a profiler looks they do not."""
+    x = torch.randn(1, 2, 9, 16, requires_grad=True)
+    with torch.autograd.profiler.profile() as profile:
+        ours.attend(x, x, x).sum().backward()
+    assert {"sinkattn::attend", "sinkattn::attend_backward"} <= {event.key for event in profile.key_averages()}
+
+
+def test_what_was_recorded_may_not_change():
+    """What the gradient needs is kept where torch counts changes."""
+    x, k = torch.randn(2, 1, 2, 9, 16)
+    lengths = torch.tensor([7])
+    for changed in (k, lengths):
+        out = attend(x.clone().requires_grad_(), k, k, lengths=lengths)
+        changed.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_what_torch_func_left_behind():
+    """A tensor that outlived its transformation is a shell around the real one."""
+    x = torch.randn(1, 2, 9, 16, requires_grad=True)
+    kept = []
+    torch.func.grad(lambda q: (kept.append(q), q.sum())[1])(x)
+    got, expected = (torch.autograd.grad(attend(q, x, x).sin().sum(), x)[0] for q in (kept[0], x))
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_negated_view_is_known_to_the_operator():
+    view = torch.view_as_complex(torch.randn(1, 2, 9, 16, 2)).conj().imag
+    assert view.is_neg()
+    torch.testing.assert_close(ours.attend(view, view, view), attend(*[view.resolve_neg()] * 3))
+
+
+def test_the_operator_itself_records():
+    tensors, keywords = made("sinks")
+    out, lse, mass = schema.attend(*in_schema(tensors, keywords))
+    named = list(leaves(tensors, keywords).values())
+    got = torch.autograd.grad(out.sin().sum() + lse.sin().sum(), named)
+    expected = torch.autograd.grad(sum(x.sin().sum() for x in with_lse(*tensors, **keywords)), named)
+    assert not mass.requires_grad
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    slopes = torch.ones(4, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r"attend\(\): alibi_slopes requires grad, and it has no gradient"):
+        schema.attend(*in_schema(tensors, {**keywords, "alibi_slopes": slopes}))
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_compiled_autograd():
+    """The backward of a call that was not compiled."""
+    x = torch.randn(1, 2, 9, 16, requires_grad=True)
+    torch._dynamo.reset()
+    out, expected = attend(x, x, x).sum(), torch.autograd.grad(attend(x, x, x).sum(), x)[0]
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        out.backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_auxiliary_arguments_of_any_kind():
     """Numbers, lists and NumPy arrays, as without gradients."""
     q = torch.randn(2, 4, 7, 16, requires_grad=True)

@@ -35,7 +35,13 @@ def filled(**keywords):
 @pytest.mark.parametrize(("keywords", "error", "match"), [
     ({"policy": "H2O"}, TypeError, r"policy is str, expected a policy"),
     ({"policy": H2OEMA}, TypeError, r"policy is type, expected a policy"),
-    ({"device": "cuda"}, NotImplementedError, r"device is cuda; the backends are: cpu"),
+    ({"device": "tpu"}, NotImplementedError, r"device is tpu; the backends are: cpu, cuda"),
+    *[({"device": "cuda", "policy": policy}, NotImplementedError,
+       rf"policy {type(policy).__name__} on CUDA; the backends that have it: cpu")
+      for policy in (ExpectedAttention(), Custom(len))],
+    ({"device": "cuda", "budget": 0.5}, NotImplementedError, r"budget is a share on CUDA"),
+    ({"device": "cuda", "rope": Rope.from_theta(8), "positions": "slot"}, NotImplementedError,
+     r"positions='slot' with a rope on CUDA; the backends that have it: cpu"),
     ({"positions": "text"}, ValueError, r"positions is 'text', expected 'slot' or 'original'"),
     ({"rope": 3}, TypeError, r"rope is int, expected a Rope or None"),
     ({"rope": Rope.from_theta(8, applied=True), "positions": "slot"}, NotImplementedError,

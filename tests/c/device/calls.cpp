@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "kv_slots.h"
 #include "merge.h"
 
 extern "C" {
@@ -11,6 +12,9 @@ extern "C" {
 #include "work.h"
 
 void merge(sa_merge_problem);
+void kv_append(sa_cuda_slots);
+void kv_step(sa_cuda_slots);
+void kv_evict(sa_cuda_slots);
 
 int64_t sa_dtype_size(sa_dtype dtype)
 {
@@ -102,6 +106,28 @@ int run_backward(const sa_attend_backward_params *params)
     sa_cuda_work work;
     const sa_status status = sa_cuda_begin_backward(params, &work);
     return status == SA_OK ? run(&work) : status;
+}
+
+/* One part of a call of a KVCache: its tokens into the slots; then, when the weights are known, tokens out of them. */
+void run_kv_append(const sa_cuda_slots *slots)
+{
+    const uint32_t parts = (uint32_t)((slots->tokens + SA_KV_APPEND_WARPS - 1) / SA_KV_APPEND_WARPS);
+    device::launch_kernel([=] { kv_append(*slots); }, {0, parts * (uint32_t)(slots->batch * slots->heads_kv), 32 * SA_KV_APPEND_WARPS, 1, 0, 0});
+}
+
+void run_kv_evict(const sa_cuda_slots *slots)
+{
+    const uint32_t streams = (uint32_t)(slots->batch * slots->heads_kv);
+    if (slots->tokens == 1 && slots->every == 1 && slots->kind != SA_POLICY_SNAP_KV && slots->kind != SA_POLICY_KEY_DIFF && slots->kind != SA_POLICY_CUR) {
+        device::launch_kernel([=] { kv_step(*slots); }, {0, streams, SA_KV_STEP_THREADS, 1, SA_KV_EVICT_SHARED, 0});
+    } else {
+        device::launch_kernel([=] { kv_evict(*slots); }, {0, streams, 32 * SA_KV_EVICT_WARPS, 1, SA_KV_EVICT_SHARED + (uint32_t)SA_KV_SCRATCH(slots->stride), 0});
+    }
+}
+
+int64_t size_of_kv_slots(void)
+{
+    return sizeof(sa_cuda_slots);
 }
 
 int64_t size_of_backward_params(void)

@@ -143,7 +143,10 @@ void launch_kernel(const std::function<void()> &kernel, const sa_cuda_launch &la
     _(decode_f16_64)                                                                                                                       \
     _(decode_f16_128) _(decode_f16_256) _(decode_bf16_64) _(decode_bf16_128) _(decode_bf16_256) _(prefill_f16_64) _(prefill_f16_128)       \
         _(prefill_f16_256) _(prefill_bf16_64) _(prefill_bf16_128) _(prefill_bf16_256) _(attend_f32_64) _(attend_f32_128) _(attend_f32_256) \
-            _(cache_rotate) _(cache_commit) _(mass)
+            _(cache_rotate) _(cache_commit) _(mass) _(mass_f16_64) _(mass_f16_128) _(mass_f16_256) _(mass_bf16_64) _(mass_bf16_128) _(mass_bf16_256)                 \
+                _(mass_hopper_f16_64) _(mass_hopper_f16_128) _(mass_hopper_bf16_64) _(mass_hopper_bf16_128)               \
+                    _(decode_mass_f16_64) _(decode_mass_f16_128) _(decode_mass_f16_256) _(decode_mass_bf16_64)                             \
+                        _(decode_mass_bf16_128) _(decode_mass_bf16_256)
 
 #define SA_BACKWARD_KERNELS(_)                                                                                                             \
     _(backward_rows)                                                                                                                       \
@@ -177,10 +180,11 @@ void device::launch_problem(const sa_cuda_launch &launch, const void *pod)
     abort();
 }
 
-/* Plans and runs a problem whose pointers are the host's. Returns 0 when the counters are zero again. */
+/* Plans and runs a problem whose pointers are the host's, or mass alone. Returns 0 when the counters are zero again. */
 extern "C" int run_problem(sa_cuda_problem *problem, const sa_cuda_device *facts, sa_cuda_plan *plan)
 {
-    if (sa_cuda_choose(problem, facts, plan) != 0) {
+    const bool alone = problem->row_lse.data != nullptr;
+    if ((alone ? sa_cuda_choose_mass : sa_cuda_choose)(problem, facts, plan) != 0) {
         return -1;
     }
     std::vector<char> scratch((size_t)plan->scratch_bytes + 256, (char)0xff);

@@ -187,6 +187,16 @@ template <int pending> void copy_async_wait()
 {
 }
 
+inline void add_to(int64_t *number, int64_t added)
+{
+    *number += added;
+}
+
+inline double product(double a, double b)
+{
+    return a * b;
+}
+
 inline uint32_t count_up(uint32_t *counter, uint32_t count)
 {
     const uint32_t before = *counter;
@@ -197,6 +207,21 @@ inline uint32_t count_up(uint32_t *counter, uint32_t count)
 inline bool arrive(uint32_t *counter, uint32_t count)
 {
     return count_up(counter, count) == count - 1;
+}
+
+inline void let_next_begin()
+{
+}
+
+inline void wait_for_last()
+{
+}
+
+inline void prefetch_bulk(const void *address, uint32_t bytes)
+{
+    must_be_aligned((uint64_t)(uintptr_t)address | bytes, 16);
+    static volatile char sink;
+    sink = ((const char *)address)[0] + ((const char *)address)[bytes - 1];
 }
 
 inline uint32_t cluster_index()
