@@ -28,16 +28,20 @@
  *   One thread, where the host lets a core read 41 GB/s whatever its neighbours do (two threads: 45 or 78 GB/s by the minute), share of the
  *   read of the same run; `bench --suite decode,cache --threads 1`:   N 4096, N 32768 fp32    bf16       SinkCache step 4 + 4092, fp32 / bf16
  *   v4                                                                69 %, 69 %              67, 70 %   70 / 64 %
- *   v5 keys' lines asked for one a turn of a loop, values' with       81 %, 82 %              81, 81 %   86 / 79 %
- *      each load, no page touched ahead, -fno-wrapv                   (two threads, a host at 45 GB/s: 104, 108 %, 98, 103 %; 97 % the bf16 step)
+ *   v5 keys' lines asked for one a turn of a loop, values' with       80 %, 79 %              79, 80 %   85 / 80 %
+ *      each load, no page touched ahead, -fno-wrapv
+ *   v6 values asked for during softmax as well                        79 %, -                 81, -      84 / 84 %
+ *   Two threads, v4 -> v6, medians of calls over medians of reads between them, all builds in one process (the host gave 46 to 51 GB/s):
+ *   N 4096 fp32 80 -> 94 %, bf16 86 -> 93 %; N 32768 bf16 83 -> 89 %; step fp32 83 -> 100 %, bf16 85 -> 92 %; N 32768 fp32 78 -> 94 to 96 %
+ *   there, and 70 -> 80 % in a minute when the host gave 76 GB/s.
  * Limited by: prefill by FMA (72 % of its peak, bf16 62 % of the dot products'); decode by how many lines a core keeps on their way: with all of
  * K and V in the second level a key of 4 heads costs 39 cycles in fp32 and 30 in bf16, against 105 and 52 for its bytes at 80 GB/s.
- * What is left of one thread's 19 %: softmax between keys and values, when nothing is asked for (2.5 % in fp32, 4.5 in bf16), and the start of each
- * stream. Decode feels how its prefetches are compiled: 32 unrolled before the keys that they hide 80 %, the same in a loop 97 %, with keys alone.
+ * What is left of one thread's 20 %: values, whose lines come slower than the keys', and the start of each stream. Decode feels how its prefetches are compiled: 32 unrolled before the keys that they hide 80 %, the same in a loop 97 %, with keys alone.
  * Tried and lost: no prefetch at all (the processor's own prefetchers do not cross a page while the sums are computed: 31 %), prefetch into the
  * second level, a whole block ahead, four keys at a time against four rows; K of a block beside V of the one before (both streams at once: 91 %
  * where nothing is computed, 72 % where it is), four rows by half the columns of values (bf16 76 % instead of 80), pieces of 8 and 32 blocks,
- * other distances than 6 KiB (4 KiB: bf16 74 %; 8 KiB: fp32 77 %), lines kept in the first level (the same).
+ * other distances than 6 KiB (4 KiB: bf16 74 %; 8 KiB: fp32 77 %), lines kept in the first level (the same), values' lines in a loop of their own
+ * before each 4, 8 or 16 values (77, 68, 63 %) or with both pairs of rows (76 %), keys' lines with each load (77 %).
  * On Intel vdpbf16ps runs at half the arithmetic of fp32 FMA, so bf16 is widened there, or goes through AMX tiles: right on a Xeon that has
  * them, not timed yet.
  */
@@ -193,12 +197,15 @@ static void block_direct(const span *s, const sa_run *run, int64_t begin, sa_ran
     const int64_t size = sa_dtype_size(p->dtype), next_key = key + BLOCK_KEYS * run->key_stride;
     const int64_t key_step = run->key_stride * size, value_step = run->value_stride * size;
     const char *first_key = sa_at(run->key, p->dtype, key), *first_value = sa_at(run->value, p->dtype, value);
-    const direct_rows keys = {first_key, first_value, key_step, value_step, need.low, need.high};
-    const direct_rows values = {first_value, sa_at(run->key, p->dtype, next_key), value_step, key_step, need.low, need.high};
+    const int64_t lead = AHEAD_BYTES / (p->depth * size), value_bytes = p->depth_v * size, each = SOFTMAX_BYTES / value_bytes;
+    const direct_rows keys = {first_key, first_value + need.low * value_step, key_step, value_step, need.low, need.high, lead};
+    const direct_rows values = {first_value, sa_at(run->key, p->dtype, next_key), value_step, key_step, need.low, need.high,
+                                lead + s->rows * each};
     const int64_t low = need.low / LANES * LANES, high = round_up(need.high, LANES);
     score_direct(p->dtype, s->pairs, query_for(s, run), s->rows, &keys, p->depth, s->scores);
     for (int64_t r = 0; r < s->rows; r++) {
         float *scores = s->scores + r * SCORE_STRIDE;
+        prefetch_rows(&values, need.low + lead + r * each, each, value_bytes);
         if (is_plain(s, run) && sees_all(s, run, r, 1, begin)) {
             softmax_row_plain(s, r, scores, NULL);
         } else {

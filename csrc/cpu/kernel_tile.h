@@ -281,26 +281,37 @@ static pack_function value_packer(sa_dtype dtype, bool pairs)
 /* Keys or values of one block, where they lie. `next` is row 0 of what is read after them: values after keys, the next block's keys after
  * values, so that what is asked for early goes on across that border. */
 typedef struct direct_rows {
-    const char *data, *next;      /* row 0 of the block */
-    int64_t stride, next_stride;  /* bytes */
+    const char *data, *next;     /* row 0 of the block, the first row that is read after it */
+    int64_t stride, next_stride; /* bytes */
     int64_t low, high;
+    int64_t lead; /* rows from the one that is read to the one that is asked for */
 } direct_rows;
 
-/* Memory never waits for arithmetic: with every row that is read the one AHEAD_BYTES away is asked for, past the second level. */
-enum { AHEAD_BYTES = 6144 };
+/* Memory never waits for arithmetic: with every row that is read the one about AHEAD_BYTES away is asked for, past the second level. Softmax
+ * reads none: it asks for about SOFTMAX_BYTES of values a row, and values keep that lead. */
+enum { AHEAD_BYTES = 6144, SOFTMAX_BYTES = 512 };
 
 VEC_INLINE int64_t bytes_of(sa_dtype dtype, int64_t count)
 {
     return dtype == SA_F32 ? 4 * count : 2 * count;
 }
 
-/* The row that is AHEAD_BYTES away from row `row`, whose bytes are at `at`; *step: from there to the next one. */
-VEC_INLINE const char *row_ahead(const direct_rows *rows, const char *at, int64_t row, int64_t bytes, int64_t *step)
+/* The row to ask for with row `row`, whose bytes are at `at`; *step: from there to the next one. */
+VEC_INLINE const char *row_ahead(const direct_rows *rows, const char *at, int64_t row, int64_t *step)
 {
-    const int64_t lead = AHEAD_BYTES / bytes;
-    const bool inside = row + lead < rows->high;
+    const bool inside = row + rows->lead < rows->high;
     *step = inside ? rows->stride : rows->next_stride;
-    return inside ? at + lead * rows->stride : rows->next + (row + lead - rows->high) * rows->next_stride;
+    return inside ? at + rows->lead * rows->stride : rows->next + (row + rows->lead - rows->high) * rows->next_stride;
+}
+
+static void prefetch_rows(const direct_rows *rows, int64_t row, int64_t count, int64_t bytes)
+{
+    const int64_t end = min_i64(row + count, rows->high);
+    for (; row < end; row++) {
+        for (int64_t byte = 0; byte < bytes; byte += 64) {
+            __builtin_prefetch(rows->data + row * rows->stride + byte, 0, 0);
+        }
+    }
 }
 
 /* Asks for four rows, a line with each turn of a loop that must stay one: unrolled, the requests come faster than a core takes them, and a
@@ -308,7 +319,7 @@ VEC_INLINE const char *row_ahead(const direct_rows *rows, const char *at, int64_
 VEC_INLINE void prefetch_four(const direct_rows *rows, const char *at, int64_t row, int64_t bytes)
 {
     int64_t step;
-    const char *soon = row_ahead(rows, at, row, bytes, &step);
+    const char *soon = row_ahead(rows, at, row, &step);
 #pragma GCC unroll 1
     for (int64_t i = 0; i < 4; i++, soon += step) {
 #pragma GCC unroll 1
@@ -424,7 +435,7 @@ static void score_direct(sa_dtype dtype, bool pairs, const float *query, int64_t
 
 /* acc[rows, vecs * LANES] += weights[rows, low .. high - 1] * values[low .. high - 1, column ..] */
 VEC_INLINE void add_values_tile(sa_dtype dtype, bool first, int rows, int vecs, const float *weights, const direct_rows *where, int64_t low,
-                                int64_t high, int64_t depth, int64_t column, float *acc, int64_t acc_stride)
+                                int64_t high, int64_t column, float *acc, int64_t acc_stride)
 {
     const direct_rows copy = *where, *values = &copy;
     vec_f32 sum[2][DIRECT_TILE_VECS];
@@ -439,7 +450,7 @@ VEC_INLINE void add_values_tile(sa_dtype dtype, bool first, int rows, int vecs, 
     for (int64_t key = low; key < high; key++, row += values->stride) {
         vec_f32 weight[2];
         int64_t step;
-        const char *soon = row_ahead(values, row, key, bytes_of(dtype, depth), &step);
+        const char *soon = row_ahead(values, row, key, &step);
 #pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
             weight[r] = vec_set1(weights[r * SCORE_STRIDE + key]);
@@ -470,13 +481,13 @@ VEC_INLINE void add_values_rows(sa_dtype dtype, bool first, int rows, const floa
 {
     int64_t column = 0;
     for (; depth - column >= DIRECT_TILE_VECS * LANES; column += DIRECT_TILE_VECS * LANES) {
-        add_values_tile(dtype, first, rows, DIRECT_TILE_VECS, weights, values, low, high, depth, column, acc, acc_stride);
+        add_values_tile(dtype, first, rows, DIRECT_TILE_VECS, weights, values, low, high, column, acc, acc_stride);
     }
     for (; depth - column >= 4 * LANES; column += 4 * LANES) {
-        add_values_tile(dtype, first, rows, 4, weights, values, low, high, depth, column, acc, acc_stride);
+        add_values_tile(dtype, first, rows, 4, weights, values, low, high, column, acc, acc_stride);
     }
     for (; column < depth; column += LANES) {
-        add_values_tile(dtype, first, rows, 1, weights, values, low, high, depth, column, acc, acc_stride);
+        add_values_tile(dtype, first, rows, 1, weights, values, low, high, column, acc, acc_stride);
     }
 }
 
