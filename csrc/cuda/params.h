@@ -142,6 +142,8 @@ enum {
     SA_F32_KEYS = 32,
     SA_F32_WARPS = 4,
     SA_PREFILL_ROWS = 64,
+    SA_PREFILL_WIDE_ROWS = 128,
+    SA_PREFILL_KEYS = 64,
     SA_PREFILL_WARPS = 4,
     SA_HOPPER_ROWS = 128,
     SA_HOPPER_KEYS = 128,
@@ -161,8 +163,8 @@ enum {
 };
 
 #define SA_DECODE_SLICE(depth) ((depth) == 64 ? 32 : 16) /* keys; depth: 64, 128 or 256 */
+#define SA_PREFILL_WIDE_KEYS(depth) ((depth) == 64 ? 128 : 64)
 #define SA_DECODE_WEIGHING_WARPS(depth) ((depth) == 256 ? 2 : 4) /* at least, where scores are kept beside the rings */
-#define SA_PREFILL_KEYS(depth) ((depth) == 256 ? 32 : 64)
 
 #define SA_CUDA_NO_WINDOW (INT64_MAX / 4)
 
@@ -172,7 +174,8 @@ enum {
 #define SA_DECODE_SCORE_STRIDE(rows) ((rows) < 3 ? (rows) : ((rows) + 3) / 4 * 4) /* floats of a key's scores */
 #define SA_DECODE_SHARED(depth) (SA_DECODE_ROWS_SHARED + 2 * SA_DECODE_ROWS * (depth) * 2)
 #define SA_F32_SHARED(depth) (SA_ROWS_SHARED + 4 * ((SA_F32_ROWS + 2 * SA_F32_KEYS) * ((depth) + 4) + SA_F32_ROWS * (SA_F32_KEYS + 4)))
-#define SA_PREFILL_SHARED(depth) (SA_ROWS_SHARED + 2 * (depth) * (SA_PREFILL_ROWS + 4 * SA_PREFILL_KEYS(depth)))
+#define SA_PREFILL_ROWS_SHARED(rows) ((rows) > 64 ? 5120 : 3072)
+#define SA_PREFILL_SHARED(depth, rows, keys) (SA_PREFILL_ROWS_SHARED(rows) + 2 * (depth) * ((rows) + 2 * (keys)))
 #define SA_HOPPER_ROWS_SHARED 11264 /* a multiple of 1024, to which swizzled panels are aligned */
 #define SA_HOPPER_SHARED(depth) (SA_HOPPER_ROWS_SHARED + 2 * (depth) * (SA_HOPPER_ROWS + 2 * SA_HOPPER_STAGES * SA_HOPPER_KEYS))
 #define SA_MASS_SHARED_TOTALS(stride) ((4 * (SA_MASS_KEYS + SA_MASS_ROWS) * (stride) + 7) / 8 * 8)

@@ -18,7 +18,8 @@ import numpy as np
 from .machine import MIB
 from .statement import as_double
 
-TOKENS = 8  # that a timed call generates
+TOKENS = 8  # that a timed call generates, unless told otherwise
+CHUNK = 4096  # tokens by which a cache is filled
 
 
 @dataclass
@@ -30,8 +31,11 @@ class Sizes:
     cache: tuple = (4, 1020)  # pinned, window
     contexts: tuple = (1024, 4096, 16384, 32768)
     rows: int = 1
+    tokens: int = TOKENS
 
 
+# Layers of a common size, and rows enough that a step of sdpa at 32 768 tokens is what it reads.
+LARGE = Sizes(hidden=4096, layers=4, heads=(32, 8), depth=128, contexts=(32768,), rows=16)
 QUICK = Sizes(hidden=32, layers=2, heads=(2, 1), depth=16, cache=(2, 14), contexts=(32,))
 
 
@@ -55,30 +59,54 @@ def make_models(sizes, dtype, device):
         num_key_value_heads=sizes.heads[1], head_dim=sizes.depth, pad_token_id=None,
         bos_token_id=None, eos_token_id=None, max_position_embeddings=1 << 20)
     torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-    model = model.to(device, getattr(torch, dtype)).eval()
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa",
+                                              dtype=getattr(torch, dtype)).eval()
     return hf.enable(copy.deepcopy(model)), model
+
+
+class Clock:
+    """A streamer of generate: when each token was there. What it is given first is the text."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, _):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+    def steps(self):
+        """Seconds from one token to the next."""
+        return [b - a for a, b in zip(self.times[1:], self.times[2:])]
 
 
 class Stream:
     """A model in the middle of a text."""
 
-    def __init__(self, model, cache, context, fill, rows=1):
+    def __init__(self, model, cache, context, fill, sizes):
         import torch
-        self.model, self.cache = model, cache
-        self.ids = torch.zeros(rows, context + 1, dtype=torch.int64, device=model.device)
+        self.model, self.cache, self.tokens = model, cache, sizes.tokens
+        self.ids = torch.zeros(sizes.rows, context + 1, dtype=torch.int64, device=model.device)
         fill(cache, context)
 
-    def generate(self):
-        """TOKENS more tokens; the text and the cache are then so much longer."""
+    def generate(self, clock=None):
+        """More tokens; the text and the cache are then so much longer."""
         import torch
 
         from sinkattn.hf.sinks import cache_keyword
         with torch.no_grad():
             self.ids = self.model.generate(
-                self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=TOKENS,
-                do_sample=False, **{cache_keyword(self.model): self.cache})
+                self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=self.tokens,
+                do_sample=False, streamer=clock, **{cache_keyword(self.model): self.cache})
         return self.ids
+
+    def timed(self):
+        """Seconds of a call, and of each step in it."""
+        clock, begin = Clock(), time.perf_counter()
+        self.generate(clock)[0, -1].item()  # waits for a device
+        return time.perf_counter() - begin, clock.steps()
 
 
 def random_states(sizes, context, model):
@@ -95,14 +123,25 @@ def ours(sizes, model, context):
     def fill(cache, length):
         import torch
         for layer in cache.layers:
-            key, value = random_states(sizes, length, model)
-            query = key.new_zeros(sizes.rows, sizes.heads[0], length, sizes.depth)
-            with torch.no_grad():
-                layer.attend(query, key, value,
-                             Mask(Pattern(causal=True), sizes.rows, length, length, 0))
+            for begin in range(0, length, CHUNK):
+                count = min(CHUNK, length - begin)
+                key, value = random_states(sizes, count, model)
+                query = key.new_zeros(sizes.rows, sizes.heads[0], count, sizes.depth)
+                mask = Mask(Pattern(causal=True), sizes.rows, count, begin + count, begin)
+                with torch.no_grad():
+                    layer.attend(query, key, value, mask)
     sinks, window = sizes.cache
     return Stream(model, hf.SinkCache(model.config, sinks=sinks, window=window), context, fill,
-                  sizes.rows)
+                  sizes)
+
+
+def captured(sizes, model, context):
+    """Ours with the decode step as a CUDA graph."""
+    from sinkattn import hf
+    model = copy.copy(model)  # the same weights; a capture replaces forward
+    stream = ours(sizes, model, context)
+    stream.capture = hf.capture(model, stream.cache)
+    return stream
 
 
 def theirs(sizes, model, context):
@@ -111,7 +150,7 @@ def theirs(sizes, model, context):
     def fill(cache, length):
         for layer in range(sizes.layers):
             cache.update(*random_states(sizes, length, model), layer)
-    return Stream(model, DynamicCache(), context, fill, sizes.rows)
+    return Stream(model, DynamicCache(), context, fill, sizes)
 
 
 def bytes_of(cache):
@@ -212,48 +251,66 @@ def works(lab):
 
 
 def contestants(options):
-    """(name, maker of its stream, place among the models, what holds while it runs)."""
-    import torch
+    """By groups, whose members take turns: (name, maker of its stream, place among the models, what
+    holds while it runs)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def without_cudnn():
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                             SDPBackend.MATH])
-    yield "SinkCache", ours, 0, nullcontext
-    yield "sdpa + DynamicCache", theirs, 1, nullcontext
-    if torch.device(options.device).type == "cuda":  # cuDNN plans anew for each new length
-        yield "the same without cuDNN", theirs, 1, without_cudnn
+    if not options.device.startswith("cuda"):
+        return [[("SinkCache", ours, 0, nullcontext),
+                 ("sdpa + DynamicCache", theirs, 1, nullcontext)]]
+    # What torch chooses by itself is cuDNN, which plans anew for each new length: the host's caches
+    # are then cold for whoever is next, so it stands alone.
+    return [[("SinkCache, captured", captured, 0, nullcontext),
+             ("SinkCache", ours, 0, nullcontext),
+             ("sdpa without cuDNN + DynamicCache", theirs, 1, without_cudnn)],
+            [("sdpa + DynamicCache", theirs, 1, nullcontext)]]
+
+
+def measure(group, context, sizes, models, repeats):
+    """A line for each of those who take turns, call by call; the first calls are not counted."""
+    streams = [(name, make(sizes, models[at], context), around) for name, make, at, around in group]
+    held = [bytes_of(stream.cache) for _, stream, _ in streams]
+    calls, steps = [[] for _ in streams], [[] for _ in streams]
+    for turn in range(repeats + 1):
+        for at, (_, stream, around) in enumerate(streams):
+            with around():
+                whole, between = stream.timed()
+            if turn > 0:
+                calls[at].append(whole)
+                steps[at] += between
+    for at, (name, stream, _) in enumerate(streams):
+        error = f"; error {stream_error(stream):.1e}" if name == "SinkCache" else ""
+        step = sizes.rows / statistics.median(steps[at])
+        call = sizes.rows * sizes.tokens / statistics.median(calls[at])
+        print(f"  {name:33} {step:9.1f} {call:9.1f} {held[at]:12}{error}", flush=True)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m sinkattn.bench.hugging_face")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rows", type=int, default=1, help="of the batch")
+    parser.add_argument("--rows", type=int, help="of the batch")
+    parser.add_argument("--large", action="store_true",
+                        help="4 layers of 32/8 heads of 128, 16 rows")
+    parser.add_argument("--tokens", type=int, help="that a timed call generates")
+    parser.add_argument("--contexts", type=int, nargs="+", metavar="TOKENS")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
-    sizes = replace(QUICK if options.quick else Sizes(), rows=options.rows)
+    sizes = QUICK if options.quick else LARGE if options.large else Sizes()
+    sizes = replace(sizes, rows=options.rows or sizes.rows,
+                    tokens=options.tokens or sizes.tokens,
+                    contexts=options.contexts or sizes.contexts)
     models = make_models(sizes, options.dtype, options.device)
-    print(f"tokens per second of generate, {sizes.rows} rows, median of {options.repeats}; bytes "
-          "of the cache")
+    print(f"{sizes.rows} rows, {options.repeats} calls of {sizes.tokens} tokens. Tokens per second "
+          "from one token to the next (median), of whole calls (median); bytes of the cache")
     for context in sizes.contexts:
-        streams = [(name, make(sizes, models[at], context), around)
-                   for name, make, at, around in contestants(options)]
-        held = [bytes_of(stream.cache) for _, stream, _ in streams]
-        seconds = [[] for _ in streams]
-        for turn in range(options.repeats + 1):
-            for (_, stream, around), taken in zip(streams, seconds):
-                with around():
-                    begin = time.perf_counter()
-                    stream.generate()[0, -1].item()  # waits for a device
-                if turn > 0:
-                    taken.append(time.perf_counter() - begin)
-        rates = [sizes.rows * TOKENS / statistics.median(taken) for taken in seconds]
-        print(f"after {context:6}: " + ", ".join(
-            f"{name} {rate:8.1f} ({size} bytes, {rates[0] / rate:.2f}x)"
-            for (name, _, _), rate, size in zip(streams, rates, held))
-            + f"; error of ours {stream_error(streams[0][1]):.1e}")
+        print(f"after {context} tokens")
+        for group in contestants(options):
+            measure(group, context, sizes, models, options.repeats)
     return 0
 
 

@@ -82,6 +82,24 @@ def test_every_argument(library, seed, dtype, device):
     assert_close(got[2], expected[2], 1e-5 if dtype == "float32" else 1e-3)
 
 
+@pytest.mark.parametrize("dtype, depth, keywords", [
+    ("bfloat16", 128, {"sinks": 3, "window": 1040, "sink_logits": 1}),
+    ("float16", 64, {"causal": False, "lengths": np.array([1100, 70]), "q_lengths": np.array([36, 20])}),
+    ("bfloat16", 80, {"sinks": 70, "window": 1030, "sink_q": 1, "sink_kv": 1, "starts": np.array([0, 9])})])
+def test_wide_tiles(library, dtype, depth, keywords):
+    """Taken where rows see much and there are many of them: here for a device that has room for none."""
+    random = np.random.default_rng(6)
+    q = normal(random, 2, 7, 37, depth, dtype=dtype)
+    k, v = (normal(random, 2, 1, 1100, depth, dtype=dtype) for _ in range(2))
+    given = {"sink_q": q[::-1], "sink_logits": normal(random, 7),
+             "sink_kv": tuple(normal(random, 1, 3, depth, dtype=dtype) for _ in range(2))}
+    keywords = {name: given.get(name, value) for name, value in keywords.items()}
+    call = emulated.Call(q, k, v, want_mass=False, **keywords)
+    check(call.run(library, emulated.Facts(80, 0, 166912, 0)),
+          reference.attend(q, k, v, return_lse=True, **keywords), dtype)
+    assert call.plan.path.startswith(b"prefill_wide")
+
+
 @pytest.mark.parametrize("device, splits, cluster", [("h200", 8, 8), ("a100", None, 1)])
 def test_splits_meet(library, device, splits, cluster):
     """In a cluster's shared memory, or in scratch."""
