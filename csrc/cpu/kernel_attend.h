@@ -32,11 +32,12 @@
  *      each load, no page touched ahead, -fno-wrapv
  *   v6 values asked for during softmax as well                        79 %, -                 81, -      84 / 84 %
  *   Two threads, v4 -> v6, medians of calls over medians of reads between them, all builds in one process (the host gave 46 to 51 GB/s):
- *   N 4096 fp32 80 -> 94 %, bf16 86 -> 93 %; N 32768 bf16 83 -> 89 %; step fp32 83 -> 100 %, bf16 85 -> 92 %; N 32768 fp32 78 -> 94 to 96 %
+ *   N 4096 fp32 80 -> 94 %, bf16 86 -> 93 %; N 32768 bf16 83 -> 89 %; step fp32 83 -> 100 %, bf16 85 -> 92 %; N 32768 fp32 78 -> 94 %
  *   there, and 70 -> 80 % in a minute when the host gave 76 GB/s.
  * Limited by: prefill by FMA (72 % of its peak, bf16 62 % of the dot products'); decode by how many lines a core keeps on their way: with all of
  * K and V in the second level a key of 4 heads costs 39 cycles in fp32 and 30 in bf16, against 105 and 52 for its bytes at 80 GB/s.
- * What is left of one thread's 20 %: values, whose lines come slower than the keys', and the start of each stream. Decode feels how its prefetches are compiled: 32 unrolled before the keys that they hide 80 %, the same in a loop 97 %, with keys alone.
+ * What is left of one thread's 20 %: values, whose lines come slower than the keys', and the start of each stream. Decode feels how its prefetches
+ * are compiled: 32 unrolled before the keys that they hide 80 %, the same in a loop 97 %, with keys alone.
  * Tried and lost: no prefetch at all (the processor's own prefetchers do not cross a page while the sums are computed: 31 %), prefetch into the
  * second level, a whole block ahead, four keys at a time against four rows; K of a block beside V of the one before (both streams at once: 91 %
  * where nothing is computed, 72 % where it is), four rows by half the columns of values (bf16 76 % instead of 80), pieces of 8 and 32 blocks,
