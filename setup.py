@@ -58,7 +58,8 @@ def instrument_flags():
     flags = []
     if sanitize := os.environ.get("SINKATTN_SANITIZE"):
         # Without -fwrapv, which hides overflows from the sanitizer.
-        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all",
+                  "-fno-omit-frame-pointer", "-g"]
     if switch("SINKATTN_COVERAGE"):
         flags += ["--coverage"]
     if switch("SINKATTN_CANARY"):
