@@ -54,7 +54,7 @@ __device__ __forceinline__ void begin_stretch(const sa_cuda_problem &p, const st
         state.bias[i] = number_at(p.sink_bias, s.head * p.group + i / p.pinned, i % p.pinned) * log2e;
     }
     barrier_arrive(&state.stretch_full);
-    barrier_arrive_copied(&state.stretch_full);
+    barrier_arrive_copied(&state.pinned_full);
 }
 
 template <int depth, int keys> __device__ void copy_stretches(const sa_cuda_problem &p, window_state &state, const window_memory<depth> &m)
