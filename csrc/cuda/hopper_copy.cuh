@@ -61,10 +61,7 @@ template <typename F> struct finder {
 
     __device__ __forceinline__ void publish(cursor &tiles)
     {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-            barrier_arrive(&s.tile_full[tiles.stage]);
-        }
+        barrier_arrive(&s.tile_full[tiles.stage]); /* every lane: one in the name of a warp is no order to racecheck */
         tiles.step<hopper_tiles>();
     }
 
@@ -154,7 +151,7 @@ template <typename F> struct copier {
         barrier_wait(&s.keys_free[at.stage], at.parity ^ 1);
         if (lane == 0) {
             const range all = t.all[run_index];
-            const bool held = run_index == t.pinned, masked = first < all.low || first + F::keys > all.high;
+            const bool held = run_index == t.pinned, masked = first < all.low || first + F::keys > all.high || (F::featured && !t.filled);
             s.notes[at.stage] = {(int)(held ? first : first - t.high), held, !held, masked, F::featured && held && has_second_query(call.problem)};
             barrier_expect(&s.keys_full[at.stage], F::key_bytes);
             panels(call.key, memory + F::key_ring + at.stage * F::key_bytes, &s.keys_full[at.stage], F::key_panels, (int)token, head, batch);
@@ -257,10 +254,7 @@ template <typename F> struct copier {
             removed = t.removed;
             queries(t, loads);
             slices(t);
-            __syncwarp();
-            if (lane == 0) {
-                barrier_arrive(&s.tile_free[tiles.stage]);
-            }
+            barrier_arrive(&s.tile_free[tiles.stage]);
             tiles.step<hopper_tiles>();
         }
     }

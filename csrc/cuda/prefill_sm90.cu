@@ -46,8 +46,8 @@ template <typename F> __device__ __forceinline__ void begin_barriers(hopper_stat
             barrier_init(&s.values_free[i], F::warps);
         }
         for (int i = 0; i < hopper_tiles; i++) {
-            barrier_init(&s.tile_full[i], 1);
-            barrier_init(&s.tile_free[i], F::warps + 1);
+            barrier_init(&s.tile_full[i], 32);
+            barrier_init(&s.tile_free[i], 32 * (F::warps + 1));
         }
         for (int i = 0; i < F::query_tiles; i++) {
             barrier_init(&s.queries_full[i], 1);

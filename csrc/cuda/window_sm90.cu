@@ -11,15 +11,15 @@
  * H200, bf16, ms in a loop over cold sets: D 128 32/8 N 16384 window 128 with 4 pinned; D 64 64/8 N 32768 window 128 with sink logits
  *   v1 addresses by 64-bit products                                  0.175   0.388    2026-11-25
  *   v2 half the instructions of a tile                               0.145   0.311
- *   v3 160 registers for those who multiply                          0.125   0.292    three runs: 0.125 to 0.135, 0.291 to 0.309
- * Through attend the first takes 0.127; on the same card in the same hour flex compiled by torch 2.11 0.483, prefill_sm80.cu 0.688. The floor of memory is
- * 0.079 and 0.14. What limits, by ncu: a scheduler issues 1440 and 1010 instructions a tile, in 40 and 50 % of its cycles; a warp that
- * multiplies waits 5 to 6 cycles for each, a third of it for results of fixed latency, and there are three such warps.
+ *   v3 160 registers for those who multiply                          0.125   0.292    in four runs up to 0.135 and 0.309
+ * Through attend the first takes 0.127; on the same card in the same hour flex compiled by torch 2.11 0.483, prefill_sm80.cu 0.688. The floor
+ * of memory is 0.079 and 0.14. What limits, by ncu: a scheduler issues 1440 and 1010 instructions a tile, in 40 and 50 % of its cycles; a warp that
+ * multiplies takes 6 to 8 cycles for each, a quarter of it for results of fixed latency, and there are three such warps.
  *
  * Tried and lost: queries from memory into registers and outputs from registers, 16 bytes a thread, with the columns of keys and values woven
  * so that they suit, a ring that repeats 9 bundles so that all keys are one product, and no staging: 730 instructions in the loop of depth 64
  * by count, but 0.168 and 0.322 ms, without the code that decorates scores 0.154 and 0.279. Words of 4 bytes cost the copies (nothing copied:
- * 0.141 and 0.272), queries of depth 128 find no registers before the last product. Exponentials left out, or sums, that one took as long:
+ * 0.141 and 0.272), queries of depth 128 find no registers before the last product. Exponentials left out, or sums, the latter took as long:
  * 0.153 and 0.273, 0.154 and 0.282; outputs left out 0.136 and 0.254. */
 #include "window_copy.cuh"
 
