@@ -211,20 +211,27 @@ static sa_status weigh(const sa_cuda_kv_work *work, const sa_cuda_work *part, vo
     return sa_device_launch(work->params.function, &work->scope, &launch, &problem, stream);
 }
 
+static int step_kernel(int32_t kind)
+{
+    return kind == SA_POLICY_RANDOM   ? SA_KERNEL_KV_STEP_DRAWN
+           : kind == SA_POLICY_K_NORM ? SA_KERNEL_KV_STEP_K_NORM
+                                      : SA_KERNEL_KV_STEP + kind; /* those before SnapKV, in order */
+}
+
 /* One token: the attention writes it into its slot, or a kernel before it does; kv_step has the rest. */
 static sa_status run_step(sa_cuda_kv_work *work, void *memory, void *stream)
 {
     sa_cuda_slots *slots = &work->slots;
     const int64_t streams = slots->batch * slots->heads_kv, vectors = slots->turned != NULL ? slots->group + 1 : 1;
     slots->weight_rows = 1;
-    slots->appended = work->appends;
     if (!work->appends) {
         SA_TRY(launch_slots(work, SA_KERNEL_KV_APPEND, streams * ceil_div(vectors, SA_KV_APPEND_WARPS), 32 * SA_KV_APPEND_WARPS, 0, slots, stream));
     }
     address(work, &work->full);
     SA_TRY(sa_cuda_run(&work->full, memory, stream));
     slots->waits = work->appends && sa_device_has_wgmma(&work->scope); /* the attention lets it begin */
-    return launch_slots(work, SA_KERNEL_KV_STEP, streams, SA_KV_STEP_THREADS, SA_KV_EVICT_SHARED, slots, stream);
+    const int64_t threads = slots->slots <= 1024 ? 128 : slots->slots <= 2048 ? 256 : SA_KV_STEP_THREADS;
+    return launch_slots(work, step_kernel(slots->kind), streams, threads, SA_KV_STEP_SHARED, slots, stream);
 }
 
 static sa_status run_part(sa_cuda_kv_work *work, sa_cuda_work *part, void *memory, void *stream)
