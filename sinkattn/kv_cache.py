@@ -190,12 +190,16 @@ class KVCache(CoreCache):
         """
         tracked = self._track or type(self._policy)._needs_mass
         core = self._host()
-        size = () if self._ordinal is None else (self._core.head_bytes,)  # the slots of the device
         lengths = np.frombuffer(core.lengths, np.int64)
         return Ledger(self.nbytes, [
-            [head_ledger(int(seen), positions, (*core.ledger(row, head)[:7 - len(size)], *size),
-                         tracked) for head, positions in enumerate(heads)]
+            [head_ledger(int(seen), positions, self._numbers_of(core, row, head), tracked)
+             for head, positions in enumerate(heads)]
             for row, (seen, heads) in enumerate(zip(lengths, self._kept(core)))])
+
+    def _numbers_of(self, core, row, head):
+        """What the core keeps for a head; its bytes are those of the device where the slots are."""
+        numbers = core.ledger(row, head)
+        return numbers if self._ordinal is None else (*numbers[:-1], self._core.head_bytes)
 
     def crop(self, n):
         """Forgets all but the first n tokens of every row.

@@ -11,6 +11,12 @@
 #include "../sinkattn.h"
 #include "rope.h"
 
+/* Is a token's score its own, whoever else is held? */
+static inline bool sa_policy_scores_alone(sa_policy_kind kind)
+{
+    return kind != SA_POLICY_SNAP_KV && kind != SA_POLICY_KEY_DIFF && kind != SA_POLICY_CUR;
+}
+
 /* What a policy asks of the attention pass. */
 typedef enum sa_mass_need {
     SA_MASS_NONE,

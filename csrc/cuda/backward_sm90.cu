@@ -19,7 +19,7 @@
  *   4 sinks, window 1024   64/8 D 128    4.75 ms (136)           two kernels 9.79: the CTAs of the pinned keys meet every query and end last
  * Tried and no faster: scores of the next slice beside dQ and dK, with three slices in shared memory. */
 #include "backward.cuh"
-#include "wgmma_rows.cuh"
+#include "panels.cuh"
 
 namespace sa
 {
@@ -56,23 +56,6 @@ template <int depth> struct one_pass_layout {
     }
 };
 
-/* Copies rows low .. high - 1 of `rows`; others are zero, and so is what is beyond `width`. A thread's rows are a multiple of eight apart,
- * so that the swizzle is the same for all of them. */
-template <int depth, int rows>
-__device__ __forceinline__ void load_panels(const char *source, int64_t stride, int low, int high, int width, uint32_t target)
-{
-    constexpr int pieces = depth / 8, step = one_pass_threads / pieces;
-    const int row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
-    const bool within = piece * 8 < width;
-    const char *from = source + row * stride + piece * 16;
-    const uint32_t to = target + piece / 8 * (rows * 128) + row * 128 + ((piece % 8 ^ row % 8) * 16);
-#pragma unroll
-    for (int i = 0; i < rows / step; i++) {
-        const int at = row + i * step;
-        copy_or_clear_16(to + i * step * 128, from + i * step * stride, within && at >= low && at < high);
-    }
-}
-
 /* Keys of the tile that any query of the row sees: others may hold anything, and dQ would meet them. */
 __device__ __forceinline__ range seen_of(const sa_cuda_problem &p, const key_tile &t)
 {
@@ -97,9 +80,10 @@ __device__ __forceinline__ void load_queries(const sa_cuda_backward &b, const ke
     const sa_cuda_problem &p = b.forward;
     const int64_t token = t.at.query_begin + walk.token, batch = t.at.batch;
     const uint32_t target = where.stages + stage * where.stage_bytes;
-    load_panels<depth, one_pass_slice>(element(p.query, batch, m.head, token, 2), p.query.token * 2, 0, m.count, (int)p.depth, target);
-    load_panels<depth, one_pass_slice>(element(b.output_gradient, batch, m.head, token, 2), b.output_gradient.token * 2, 0, m.count,
-                                       (int)p.depth_v, target + where.slice_bytes);
+    load_panels<depth, one_pass_slice, one_pass_threads>(element(p.query, batch, m.head, token, 2), p.query.token * 2, 0, m.count, (int)p.depth,
+                                                         target);
+    load_panels<depth, one_pass_slice, one_pass_threads>(element(b.output_gradient, batch, m.head, token, 2), b.output_gradient.token * 2, 0,
+                                                         m.count, (int)p.depth_v, target + where.slice_bytes);
     if (threadIdx.x < m.count) {
         copy_async_8(shared_address(where.passing + stage * one_pass_slice + threadIdx.x), rows_of(b, batch, m.head, token) + threadIdx.x);
     }
@@ -286,10 +270,10 @@ template <typename T, int depth> __device__ __forceinline__ void one_pass(const 
     const range held = seen_of(p, t);
     const int group = threadIdx.x / 128, first_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     const float factor = p.scale * log2e;
-    load_panels<depth, one_pass_keys>(t.keys.key + t.first * t.keys.key_stride, t.keys.key_stride, (int)held.low, (int)held.high, (int)p.depth,
-                                      where.keys);
-    load_panels<depth, one_pass_keys>(t.keys.value + t.first * t.keys.value_stride, t.keys.value_stride, (int)held.low, (int)held.high,
-                                      (int)p.depth_v, where.values);
+    load_panels<depth, one_pass_keys, one_pass_threads>(t.keys.key + t.first * t.keys.key_stride, t.keys.key_stride, (int)held.low,
+                                                        (int)held.high, (int)p.depth, where.keys);
+    load_panels<depth, one_pass_keys, one_pass_threads>(t.keys.value + t.first * t.keys.value_stride, t.keys.value_stride, (int)held.low,
+                                                        (int)held.high, (int)p.depth_v, where.values);
     /* along k: 64 rows of this warpgroup; along n: all keys, half of the columns */
     const uint64_t keys_k = describe_panels(where.keys + group * 8192, 16, 1024), values_k = describe_panels(where.values + group * 8192, 16, 1024);
     const uint64_t keys_n = describe_panels(where.keys + (depth == 128 ? group * (one_pass_keys * 128) : group * 64), one_pass_keys * 128, 1024);

@@ -29,12 +29,6 @@ static int64_t counter_bytes(const sa_cache_config *config)
     return config->batch * (int64_t)sizeof(int64_t);
 }
 
-/* Enough for a step of up to 16 query rows of a kv head at once; a longer chunk takes others. */
-static int64_t kernel_counters(const sa_cache_config *config)
-{
-    return config->batch * (config->heads_kv * 16 + 1);
-}
-
 static int64_t padded(int64_t bytes)
 {
     return round_up(bytes, ALIGNMENT);
@@ -43,7 +37,7 @@ static int64_t padded(int64_t bytes)
 int64_t sa_cuda_store_bytes(const sa_cache_config *config)
 {
     return padded(tensor_bytes(config, config->depth)) + padded(tensor_bytes(config, config->depth_v)) + 2 * padded(counter_bytes(config)) +
-           padded(config->inv_freq_count * (int64_t)sizeof(double)) + padded(kernel_counters(config) * (int64_t)sizeof(uint32_t));
+           padded(config->inv_freq_count * (int64_t)sizeof(double)) + padded(sa_step_counters(config->batch, config->heads_kv) * (int64_t)sizeof(uint32_t));
 }
 
 static void *take(char **next, int64_t bytes)
@@ -76,7 +70,7 @@ void sa_cuda_store_lay_out(const sa_cache_config *config, void *memory, sa_cuda_
         .applied = config->applied,
         .slot_positions = config->slot_positions,
     };
-    store->counter_count = kernel_counters(config);
+    store->counter_count = sa_step_counters(config->batch, config->heads_kv);
     store->counters = take(&next, store->counter_count * (int64_t)sizeof(uint32_t));
 }
 
@@ -120,9 +114,7 @@ sa_status sa_cuda_store_reset(sa_cuda_store *store, const sa_device_scope *scope
     const int64_t batch = store->config.batch;
     for (int64_t first = 0, count; first < batch; first += count) {
         const bool wanted = rows == NULL || rows[first];
-        for (count = 1; first + count < batch && (rows == NULL || rows[first + count] == rows[first]);) {
-            count++;
-        }
+        count = sa_rows_alike(rows, first, batch);
         if (wanted) {
             SA_TRY(set_counters(scope, store->view.lengths + first, 0, count, stream));
             SA_TRY(set_counters(scope, store->view.lows + first, store->config.pinned, count, stream));

@@ -5,33 +5,6 @@
 namespace sa
 {
 
-__device__ __forceinline__ float load_as(int dtype, const void *data, int64_t at)
-{
-    return dtype == SA_CUDA_F32   ? ((const float *)data)[at]
-           : dtype == SA_CUDA_F16 ? f16::wide(((const uint16_t *)data)[at])
-                                  : bf16::wide(((const uint16_t *)data)[at]);
-}
-
-__device__ __forceinline__ void store_as(int dtype, void *data, int64_t at, float x)
-{
-    if (dtype == SA_CUDA_F32) {
-        f32::store(data, at, x);
-    } else if (dtype == SA_CUDA_F16) {
-        f16::store(data, at, x);
-    } else {
-        bf16::store(data, at, x);
-    }
-}
-
-__device__ __forceinline__ void copy_element(int size, const void *source, int64_t from, void *target, int64_t to)
-{
-    if (size == 4) {
-        ((uint32_t *)target)[to] = ((const uint32_t *)source)[from];
-    } else {
-        ((uint16_t *)target)[to] = ((const uint16_t *)source)[from];
-    }
-}
-
 /* Every head of one token of a tensor, turned by a table of cos and sin, into its part of the scratch. */
 __device__ void rotate_heads(const sa_cuda_problem &p, const sa_cuda_tensor &source, const sa_cuda_tensor &target, int64_t heads,
                              int64_t batch, int64_t token, const float (&table)[2][128])
@@ -43,13 +16,13 @@ __device__ void rotate_heads(const sa_cuda_problem &p, const sa_cuda_tensor &sou
         const char *from = element(source, batch, head, token, size);
         char *to = (char *)element(target, batch, head, token, size);
         if (at >= pairs) {
-            copy_element(size, from, at + pairs, to, at + pairs);
+            copy_number(p.dtype, from, at + pairs, to, at + pairs);
             continue;
         }
         const int first = p.cache.interleaved ? 2 * at : at, second = p.cache.interleaved ? 2 * at + 1 : at + pairs;
-        const float x = load_as(p.dtype, from, first), y = load_as(p.dtype, from, second);
-        store_as(p.dtype, to, first, x * table[0][at] - y * table[1][at]);
-        store_as(p.dtype, to, second, y * table[0][at] + x * table[1][at]);
+        const float x = wide_number(p.dtype, from, first), y = wide_number(p.dtype, from, second);
+        store_number(p.dtype, to, first, x * table[0][at] - y * table[1][at]);
+        store_number(p.dtype, to, second, y * table[0][at] + x * table[1][at]);
     }
 }
 
@@ -84,10 +57,10 @@ __device__ void write_slot(const sa_cuda_problem &p, const place &at, int64_t he
     const int64_t row = (at.batch * p.heads_kv + head) * (p.pinned + p.cache.capacity) + slot;
     const char *key = element(key_tensor(p), at.batch, head, token, size), *value = element(p.value, at.batch, head, token, size);
     for (int d = threadIdx.x % 32; d < p.depth; d += 32) {
-        copy_element(size, key, d, p.cache.keys, row * p.depth + d);
+        copy_number(p.dtype, key, d, p.cache.keys, row * p.depth + d);
     }
     for (int d = threadIdx.x % 32; d < p.depth_v; d += 32) {
-        copy_element(size, value, d, p.cache.values, row * p.depth_v + d);
+        copy_number(p.dtype, value, d, p.cache.values, row * p.depth_v + d);
     }
 }
 

@@ -8,6 +8,22 @@
 #include "../sinkattn.h"
 #include "driver.h"
 
+/* Counters of a cache: enough for a step of up to 16 query rows of a kv head at once; a longer part takes others. */
+static inline int64_t sa_step_counters(int64_t batch, int64_t heads_kv)
+{
+    return batch * (heads_kv * 16 + 1);
+}
+
+/* How many rows from `first` on have the same flag; rows: [batch], NULL: all. */
+static inline int64_t sa_rows_alike(const bool *rows, int64_t first, int64_t batch)
+{
+    int64_t count = 1;
+    while (first + count < batch && (rows == NULL || rows[first + count] == rows[first])) {
+        count++;
+    }
+    return count;
+}
+
 typedef struct sa_cuda_store {
     sa_cache_config config; /* inv_freq NULL: the device has them */
     sa_cuda_cache view;     /* what kernels get */

@@ -354,9 +354,14 @@ static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_
 }
 
 /* Is a score scaled and hidden, and nothing else? */
+static bool scales_alone(const sa_cuda_problem *p)
+{
+    return !(p->softcap > 0.0f) && !p->sink_bias.given && !p->alibi_slopes.given;
+}
+
 static bool is_plain(const sa_cuda_problem *p)
 {
-    return !(p->softcap > 0.0f) && !p->sink_bias.given && !p->alibi_slopes.given && p->sink_query.data == NULL;
+    return scales_alone(p) && p->sink_query.data == NULL;
 }
 
 /* Does the Hopper kernel serve a call? It reads 16 bytes at a time, compares dot products before they are scaled, and does to a score
@@ -396,8 +401,7 @@ static bool plan_rotate(sa_cuda_problem *p, sa_cuda_plan *plan)
 /* Does the Hopper kernel give the mass? It reads 16 bytes at a time and does to a score nothing but scale and hide it. */
 static bool suits_mass_hopper(const sa_cuda_problem *p, const sa_cuda_device *device)
 {
-    const bool plain = !(p->softcap > 0.0f) && !p->sink_bias.given && !p->alibi_slopes.given;
-    return device->wgmma && p->depth <= 128 && plain && p->aligned && tensor_in_pieces(&p->query, p->depth, 2) &&
+    return device->wgmma && p->depth <= 128 && scales_alone(p) && p->aligned && tensor_in_pieces(&p->query, p->depth, 2) &&
            tensor_in_pieces(&p->sink_query, p->depth, 2) && p->query_length >= SA_MASS_HOPPER_ROWS / 2;
 }
 

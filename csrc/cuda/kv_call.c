@@ -136,9 +136,7 @@ static sa_status plan(sa_cuda_kv_work *work, void *stream)
     work->most = clamp_i64(tokens, 1, config->part);
     work->parts = max_i64(ceil_div(tokens, work->most), 1);
     work->each = need == SA_MASS_EACH && work->most > 1;
-    const sa_policy_kind kind = config->policy.kind;
-    const bool alone = kind != SA_POLICY_SNAP_KV && kind != SA_POLICY_CUR && kind != SA_POLICY_KEY_DIFF; /* a token's score is its own */
-    work->step = tokens == 1 && config->every == 1 && work->params.mass == NULL && alone;
+    work->step = tokens == 1 && config->every == 1 && work->params.mass == NULL && sa_policy_scores_alone(config->policy.kind);
     work->appends = false;
     work->memory_bytes = 0;
     describe_slots(work);
@@ -171,11 +169,6 @@ sa_status sa_cuda_kv_plan(sa_cuda_kv *store, const sa_attend_params *params, voi
         sa_device_leave(&work->scope);
     }
     return status;
-}
-
-void sa_cuda_kv_finish(const sa_cuda_kv_work *work)
-{
-    sa_device_leave(&work->scope);
 }
 
 /* --- running ----------------------------------------------------------------------------------------------------------------------- */

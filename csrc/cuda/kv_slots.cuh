@@ -16,31 +16,13 @@ __device__ __forceinline__ int64_t new_tokens(const sa_cuda_slots &c, int64_t ro
     return c.new_lengths.given ? clamp(integer_at(c.new_lengths, row) - c.first, 0, c.tokens) : c.tokens;
 }
 
-__device__ __forceinline__ float wide_number(int dtype, const void *data, int64_t at)
+/* Every lane gets it. */
+template <typename T> __device__ __forceinline__ T sum_of_warp(T value)
 {
-    return dtype == SA_CUDA_F32   ? ((const float *)data)[at]
-           : dtype == SA_CUDA_F16 ? f16::wide(((const uint16_t *)data)[at])
-                                  : bf16::wide(((const uint16_t *)data)[at]);
-}
-
-__device__ __forceinline__ void store_number(int dtype, void *data, int64_t at, float x)
-{
-    if (dtype == SA_CUDA_F32) {
-        f32::store(data, at, x);
-    } else if (dtype == SA_CUDA_F16) {
-        f16::store(data, at, x);
-    } else {
-        bf16::store(data, at, x);
+    for (int step = 16; step > 0; step /= 2) {
+        value += __shfl_xor_sync(~0u, value, step);
     }
-}
-
-__device__ __forceinline__ void copy_number(int dtype, const void *from, int64_t source, void *to, int64_t target)
-{
-    if (dtype == SA_CUDA_F32) {
-        ((uint32_t *)to)[target] = ((const uint32_t *)from)[source];
-    } else {
-        ((uint16_t *)to)[target] = ((const uint16_t *)from)[source];
-    }
+    return value;
 }
 
 /* Squared length of a stored vector; every lane gets it. */
@@ -52,10 +34,7 @@ __device__ inline double square_of(const sa_cuda_slots &c, const void *data, int
         const double x = (double)wide_number(c.dtype, data, at + d);
         sum += product(x, x);
     }
-    for (int step = 16; step > 0; step /= 2) {
-        sum += __shfl_xor_sync(~0u, sum, step);
-    }
-    return sum;
+    return sum_of_warp(sum);
 }
 
 __device__ __forceinline__ uint64_t mixed(uint64_t x)

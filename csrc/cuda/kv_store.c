@@ -114,7 +114,7 @@ static void describe(sa_cuda_kv *store)
         .maximum = policy->maximum,
         .interleaved = config->interleaved,
     };
-    store->counter_count = config->batch * (config->heads_kv * 16 + 1); /* a step of up to 16 query rows of a kv head; a longer part takes others */
+    store->counter_count = sa_step_counters(config->batch, config->heads_kv);
 }
 
 sa_status sa_cuda_kv_begin(const sa_kv_config *config, sa_cuda_kv *store)
@@ -171,9 +171,7 @@ sa_status sa_cuda_kv_reset(sa_cuda_kv *store, const bool *rows, void *stream)
     parts_of(store, parts);
     for (int64_t first = 0, count; first < store->config.batch; first += count) {
         const bool wanted = rows == NULL || rows[first];
-        for (count = 1; first + count < store->config.batch && (rows == NULL || rows[first + count] == rows[first]);) {
-            count++;
-        }
+        count = sa_rows_alike(rows, first, store->config.batch);
         for (int i = 8; i < PARTS && wanted; i++) { /* from `held` on: slots that nobody holds say nothing */
             SA_TRY(sa_device_fill("reset", (char *)parts[i].data + first * parts[i].row_bytes, 0, count * parts[i].row_bytes, stream));
         }

@@ -71,6 +71,5 @@ sa_status sa_cuda_kv_check(const sa_cuda_kv *store, const sa_attend_params *para
 
 sa_status sa_cuda_kv_plan(sa_cuda_kv *store, const sa_attend_params *params, void *stream, sa_cuda_kv_work *work);
 sa_status sa_cuda_kv_run(sa_cuda_kv_work *work, void *memory, void *stream);
-void sa_cuda_kv_finish(const sa_cuda_kv_work *work);
 
 #endif

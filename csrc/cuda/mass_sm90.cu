@@ -12,7 +12,7 @@
  * Not for: softcap, ALiBi, bias of pinned keys, maxima, rows that are not read in pieces of 16 bytes (choose.c sends those elsewhere). */
 #include "finish.cuh"
 #include "mass.cuh"
-#include "wgmma_rows.cuh"
+#include "panels.cuh"
 
 namespace sa
 {
@@ -26,7 +26,7 @@ constexpr int hopper_keys = SA_MASS_HOPPER_KEYS, hopper_slice = SA_MASS_HOPPER_R
 struct slice_facts {
     float sum[hopper_slice], weight[hopper_slice];
 };
-static_assert(sizeof(mass_shared) <= SA_ROWS_SHARED && hopper_stages * sizeof(slice_facts) <= SA_MASS_HOPPER_FACTS, "room");
+static_assert(hopper_stages * sizeof(slice_facts) <= SA_MASS_HOPPER_FACTS, "room");
 
 /* A slice of queries of one head. Query i of it sees key j of the CTA where low <= i - j <= high. */
 struct passing {
@@ -53,28 +53,12 @@ __device__ __forceinline__ passing find_slice(const sa_cuda_problem &p, const ma
     return slice;
 }
 
-/* Copies `count` of `rows` rows into panels of 64 columns, 128-byte swizzle; zero behind them and beyond `width`. A thread's rows are a
- * multiple of eight apart, so that the swizzle is the same for all of them. */
-template <int depth, int rows>
-__device__ __forceinline__ void copy_panels(const char *source, int64_t stride, int count, int width, uint32_t target)
-{
-    constexpr int pieces = depth / 8, step = hopper_threads / pieces;
-    const int row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
-    const char *from = source + row * stride + piece * 16;
-    const uint32_t to = target + piece / 8 * (rows * 128) + row * 128 + ((piece % 8 ^ row % 8) * 16);
-#pragma unroll
-    for (int i = 0; i < rows / step; i++) {
-        const bool copied = piece * 8 < width && row + i * step < count;
-        copy_or_clear_16(to + i * step * 128, copied ? from + i * step * stride : source, copied);
-    }
-}
-
 template <int depth>
 __device__ __forceinline__ void copy_slice(const sa_cuda_problem &p, const mass_shared &s, const sa_cuda_tensor &source, const passing &slice,
                                            uint32_t target)
 {
-    copy_panels<depth, hopper_slice>(element(source, s.at.batch, slice.head, slice.token, 2), source.token * 2, slice.count, (int)p.depth,
-                                     target);
+    load_panels<depth, hopper_slice, hopper_threads>(element(source, s.at.batch, slice.head, slice.token, 2), source.token * 2, 0, slice.count,
+                                                     (int)p.depth, target);
     copy_async_commit();
 }
 
@@ -90,10 +74,8 @@ __device__ __forceinline__ row_facts find_facts(const sa_cuda_problem &p, const 
         return {0.0f, 0.0f};
     }
     const int64_t token = slice.token + row;
-    const float lse = p.row_lse.data != nullptr ? row_number(p.row_lse, s.at.batch, slice.head, token)
-                                                : lse_of(p)[(s.at.batch * p.heads_q + slice.head) * p.query_length + token];
-    return {fabsf(lse) == infinity ? infinity : lse * log2e,
-            p.row_weights.data != nullptr ? row_number(p.row_weights, s.at.batch, slice.head, token) : 1.0f};
+    const float lse = lse_of_row(p, s, slice.head, token);
+    return {fabsf(lse) == infinity ? infinity : lse * log2e, weight_of_row(p, s, slice.head, token)};
 }
 
 /* Keeps the facts of the thread's query. Ends with a barrier; true where a mask is needed because some query gives nothing. */
@@ -177,7 +159,7 @@ template <typename T, int depth> __device__ __forceinline__ void mass_hopper(con
         return;
     }
     const run &r = s.list.runs[s.run];
-    const sa_cuda_tensor source = r.kind == run_pinned && has_second_query(p) ? second_query_tensor(p) : query_tensor(p);
+    const sa_cuda_tensor source = queries_of(p, r);
     const int count = (int)least(hopper_keys, r.count - s.first);
     const int group = threadIdx.x / 128, first_key = group * 128 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     const int64_t each = (most(s.end_query - s.first_query, 0) + hopper_slice - 1) / hopper_slice, slices = each * p.group;
@@ -185,7 +167,7 @@ template <typename T, int depth> __device__ __forceinline__ void mass_hopper(con
     const float factor = p.scale * log2e;
     double low_totals[2] = {}, high_totals[2] = {};
     if (slices > 0) {
-        copy_panels<depth, hopper_keys>(r.key + s.first * r.key_stride, r.key_stride, count, (int)p.depth, keys_at);
+        load_panels<depth, hopper_keys, hopper_threads>(r.key + s.first * r.key_stride, r.key_stride, 0, count, (int)p.depth, keys_at);
         passing now = find_slice(p, s, 0, each), next = now;
         copy_slice<depth>(p, s, source, now, stages);
         row_facts own = find_facts(p, s, now);
@@ -230,16 +212,13 @@ template <typename T, int depth> __device__ __forceinline__ void mass_hopper(con
         }
     }
     const mass_place to = place_mass(p, s.at, r);
-    float *mass = p.mass + (s.at.batch * p.heads_kv + s.kv_head) * p.mass_length;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         double total = i / 2 ? high_totals[i % 2] : low_totals[i % 2];
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
-        const int own = first_key + i / 2 * 64 + i % 2 * 8;
-        const int64_t key = s.first + own, slot = to.index + key;
-        if (threadIdx.x % 4 == 0 && own < count && key >= to.skip && slot < p.mass_length) {
-            mass[slot] = (float)(total / p.group);
+        if (threadIdx.x % 4 == 0) {
+            write_mass(p, s, to, first_key + i / 2 * 64 + i % 2 * 8, count, (float)(total / p.group));
         }
     }
 }

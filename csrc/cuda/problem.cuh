@@ -28,6 +28,35 @@ __device__ __forceinline__ int64_t clamp(int64_t value, int64_t low, int64_t hig
     return value < low ? low : value > high ? high : value;
 }
 
+/* --- elements ---------------------------------------------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ float wide_number(int dtype, const void *data, int64_t at)
+{
+    return dtype == SA_CUDA_F32   ? ((const float *)data)[at]
+           : dtype == SA_CUDA_F16 ? f16::wide(((const uint16_t *)data)[at])
+                                  : bf16::wide(((const uint16_t *)data)[at]);
+}
+
+__device__ __forceinline__ void store_number(int dtype, void *data, int64_t at, float x)
+{
+    if (dtype == SA_CUDA_F32) {
+        f32::store(data, at, x);
+    } else if (dtype == SA_CUDA_F16) {
+        f16::store(data, at, x);
+    } else {
+        bf16::store(data, at, x);
+    }
+}
+
+__device__ __forceinline__ void copy_number(int dtype, const void *from, int64_t source, void *to, int64_t target)
+{
+    if (dtype == SA_CUDA_F32) {
+        ((uint32_t *)to)[target] = ((const uint32_t *)from)[source];
+    } else {
+        ((uint16_t *)to)[target] = ((const uint16_t *)from)[source];
+    }
+}
+
 /* --- auxiliary arrays of any type -------------------------------------------------------------------------------------------------- */
 
 /* Not inlined, like what else runs once a CTA: cold instructions cost more than calls. */

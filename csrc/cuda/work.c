@@ -402,8 +402,3 @@ sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream)
     }
     return SA_OK;
 }
-
-void sa_cuda_end(const sa_cuda_work *work)
-{
-    sa_device_leave(&work->scope);
-}

@@ -41,7 +41,8 @@ typedef struct sa_cuda_work {
     int64_t memory_bytes; /* what sa_cuda_run wants, 256-byte aligned; 0: nothing */
 } sa_cuda_work;
 
-/* Plans a checked call with its results in place; `cache` NULL: none. On SA_OK the device is current until sa_cuda_end; otherwise nothing is to be ended. */
+/* Plans a checked call with its results in place; `cache` NULL: none. On SA_OK the device is current until
+ * sa_device_leave(&work->scope); otherwise nothing is to be left. */
 sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cache, void *stream, sa_cuda_work *work);
 /* Slots of a KVCache. With keys and values of its own a call is a step, whose token is to be written behind the `lengths` that are held;
  * whether it can be, plan.append of the problem says. */
@@ -58,7 +59,6 @@ sa_status sa_cuda_begin_slots(const sa_attend_params *params, const sa_cuda_besi
 sa_status sa_cuda_begin_mass(const sa_mass_params *params, sa_cuda_work *work);
 sa_status sa_cuda_begin_backward(const sa_attend_backward_params *params, sa_cuda_work *work);
 sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream);
-void sa_cuda_end(const sa_cuda_work *work);
 
 /* sa_merge for arrays of a device. `memory` of the caller: so many bytes, 0 for few parts. */
 int64_t sa_cuda_merge_bytes(int64_t count);

@@ -11,14 +11,21 @@ typedef struct cache_object {
 
 /* --- making ---------------------------------------------------------------------------------------------------------------------- */
 
-static sa_cuda_store *store_of(const sa_session *at)
+static sa_cuda_store *store_in(sa_cuda_object *object)
 {
-    return &((cache_object *)at->object)->store;
+    return &((cache_object *)object)->store;
 }
+
+static const sa_cuda_store *stored_in(const sa_cuda_object *object)
+{
+    return &((const cache_object *)object)->store;
+}
+
+static const sa_cuda_kind sink_cache;
 
 static cache_object *new_object(PyTypeObject *type, int device, PyObject *allocate)
 {
-    return sa_cuda_object_new(type, sizeof(cache_object), "SinkCache", device, allocate);
+    return sa_cuda_object_new(type, sizeof(cache_object), &sink_cache, device, allocate);
 }
 
 static sa_status place(sa_call *call, cache_object *self, const sa_cache_config *config, void *memory)
@@ -78,59 +85,73 @@ static void cache_dealloc(PyObject *object)
     sa_cuda_object_free((sa_cuda_object *)object);
 }
 
-/* Another cache of the same configuration, laid out and not filled. */
-static cache_object *new_like(cache_object *self, const char *function)
+static sa_cuda_object *new_like(const sa_cuda_object *self, const char *function)
 {
     void *memory;
-    cache_object *twin = new_object(Py_TYPE(self), self->base.device.device_id, self->base.allocate);
+    const sa_cache_config *config = &stored_in(self)->config;
+    cache_object *twin = new_object(Py_TYPE(self), self->device.device_id, self->allocate);
     if (twin == NULL) {
         return NULL;
     }
-    sa_call call = sa_cuda_call(&self->base, Py_TYPE(self), function);
-    const int failed = sa_cuda_take_storage(&call, &twin->base, sa_cuda_store_bytes(&self->store.config), false, &memory);
+    sa_call call = sa_cuda_call(self, Py_TYPE(self), function);
+    const int failed = sa_cuda_take_storage(&call, &twin->base, sa_cuda_store_bytes(config), false, &memory);
     if (failed == 0) {
-        sa_cuda_store_lay_out(&self->store.config, memory, &twin->store);
+        sa_cuda_store_lay_out(config, memory, &twin->store);
     }
     sa_call_end(&call);
     if (failed) {
         Py_DECREF(twin);
         return NULL;
     }
-    return twin;
+    return &twin->base;
 }
 
-/* --- attending -------------------------------------------------------------------------------------------------------------------- */
+/* --- what a SinkCache does in its own way ------------------------------------------------------------------------------------------ */
 
-static PyObject *attend_locked(sa_call *call, cache_object *self, PyObject *const *arguments)
+static sa_cuda_shape shape(const sa_cuda_object *self)
 {
-    const sa_cuda_store *store = &self->store;
-    sa_attend_params params = {.function = call->function, .mass_queries = -1, .pinned = store->config.pinned};
-    sa_results results = {0};
-    PyObject *answer = NULL;
-    bool return_lse, return_mass;
-    if (sa_parse_bool(call, "return_lse", arguments[SA_CACHE_RETURN_LSE], &return_lse) < 0 ||
-        sa_parse_bool(call, "return_mass", arguments[SA_CACHE_RETURN_MASS], &return_mass) < 0 ||
-        sa_parse_cache_call(call, arguments, &params, &results.like) < 0) {
-        goto end;
-    }
-    if (self->base.api != NULL && sa_follow_exchange(call, self->base.api, self->base.device) < 0) { /* q of another library than the storage */
-        goto end;
-    }
-    const sa_status status = sa_check_cache_call(&store->config, &params);
-    if (status != SA_OK) {
-        sa_raise(status);
-        goto end;
-    }
-    if (sa_make_results(call, &params, arguments[SA_CACHE_OUT], return_lse, return_mass, sa_cuda_store_slots(store), &results) < 0 ||
-        sa_run_on_cuda(call, &params, store, &results.like) < 0) {
-        goto end;
-    }
-    self->base.stream = call->stream;
-    answer = sa_take_results(call, &results);
-end:
-    sa_drop_results(&results);
-    return answer;
+    const sa_cuda_store *store = stored_in(self);
+    return (sa_cuda_shape){store->config.batch, store->config.pinned, sa_cuda_store_slots(store)};
 }
+
+static sa_status check(const sa_cuda_object *self, const sa_attend_params *params)
+{
+    return sa_check_cache_call(&stored_in(self)->config, params);
+}
+
+static int run(sa_call *call, const sa_attend_params *params, sa_cuda_object *self, const sa_like *like)
+{
+    return sa_run_on_cuda(call, params, store_in(self), like);
+}
+
+static sa_status copy(sa_cuda_object *self, const sa_cuda_object *from, void *stream)
+{
+    return sa_cuda_store_copy(store_in(self), stored_in(from), stream);
+}
+
+static sa_status check_index(const sa_cuda_object *self, const int64_t *index, int64_t count)
+{
+    return sa_check_cache_index(&stored_in(self)->config, index, count);
+}
+
+static sa_status gather(sa_cuda_object *self, const sa_cuda_object *before, const int64_t *index, void *stream)
+{
+    return sa_cuda_store_gather(store_in(self), stored_in(before), index, stream);
+}
+
+static sa_status reset(sa_cuda_object *self, const sa_device_scope *scope, const bool *rows, void *stream)
+{
+    return sa_cuda_store_reset(store_in(self), scope, rows, stream);
+}
+
+static sa_status crop(sa_cuda_object *self, const sa_device_scope *scope, int64_t length, void *stream)
+{
+    return sa_cuda_store_crop(store_in(self), scope, length, stream);
+}
+
+static const sa_cuda_kind sink_cache = {"SinkCache", "SinkCache.attend", shape, check, run, new_like, copy, check_index, gather, reset, crop};
+
+/* --- the other methods ------------------------------------------------------------------------------------------------------------- */
 
 static PyObject *cache_attend(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
@@ -138,99 +159,7 @@ static PyObject *cache_attend(PyObject *self, PyObject *const *arguments, Py_ssi
         PyErr_Format(PyExc_TypeError, "CudaCache.attend takes %d arguments, got %zd", SA_CACHE_ARGUMENTS, count);
         return NULL;
     }
-    cache_object *cache = (cache_object *)self;
-    if (!sa_cuda_enter(&cache->base)) {
-        return NULL;
-    }
-    sa_call call = sa_cuda_call(&cache->base, Py_TYPE(self), "SinkCache.attend");
-    PyObject *answer = attend_locked(&call, cache, arguments);
-    sa_cuda_leave(&cache->base);
-    sa_call_end(&call);
-    return answer;
-}
-
-/* --- the other methods ------------------------------------------------------------------------------------------------------------ */
-
-static PyObject *cache_copy(PyObject *self, PyObject *unused)
-{
-    (void)unused;
-    sa_session at;
-    cache_object *twin = new_like((cache_object *)self, "copy");
-    if (twin == NULL || sa_session_begin(self, "copy", &at) < 0) {
-        Py_XDECREF(twin);
-        return NULL;
-    }
-    sa_status status = sa_cuda_store_copy(&twin->store, store_of(&at), at.stream);
-    if (status == SA_OK && twin->base.api == NULL) { /* the copy may be used on another stream at once */
-        status = sa_device_wait("copy", at.stream);
-    }
-    PyObject *done = sa_session_end(&at, status);
-    if (done == NULL) {
-        Py_DECREF(twin);
-        return NULL;
-    }
-    Py_DECREF(done);
-    return (PyObject *)twin;
-}
-
-/* mask: bytes [batch], or None for all. */
-static PyObject *cache_reset(PyObject *self, PyObject *mask)
-{
-    sa_session at;
-    const bool *rows;
-    if (sa_parse_rows(mask, ((cache_object *)self)->store.config.batch, &rows) < 0 || sa_session_begin(self, "reset", &at) < 0) {
-        return NULL;
-    }
-    return sa_session_end(&at, sa_cuda_store_reset(store_of(&at), &at.scope, rows, at.stream));
-}
-
-static sa_status reorder(cache_object *before, const sa_session *at, const int64_t *index)
-{
-    sa_cuda_store *store = store_of(at);
-    SA_TRY(sa_cuda_store_copy(&before->store, store, at->stream));
-    SA_TRY(sa_cuda_store_gather(store, &before->store, index, at->stream));
-    return before->base.api == NULL ? sa_device_wait("reorder", at->stream) : SA_OK; /* else its memory goes back in the order of the stream */
-}
-
-static PyObject *cache_reorder(PyObject *self, PyObject *index)
-{
-    sa_call call = sa_cuda_call((sa_cuda_object *)self, Py_TYPE(self), "reorder");
-    sa_ints order = {0};
-    sa_session at;
-    PyObject *done = NULL;
-    cache_object *before = NULL;
-    call.reads_device = true; /* copies of rows are ordered by the host */
-    if (sa_parse_order(&call, index, &order) < 0) {
-        goto end;
-    }
-    const sa_status status = sa_check_cache_index(&((cache_object *)self)->store.config, order.data, order.shape[0]);
-    if (status != SA_OK) {
-        sa_raise(status);
-        goto end;
-    }
-    before = new_like((cache_object *)self, "reorder");
-    if (before != NULL && sa_session_begin(self, "reorder", &at) == 0) {
-        done = sa_session_end(&at, reorder(before, &at, order.data));
-    }
-end:
-    Py_XDECREF(before);
-    sa_call_end(&call);
-    return done;
-}
-
-static PyObject *cache_crop(PyObject *self, PyObject *length)
-{
-    sa_call call = sa_cuda_call((sa_cuda_object *)self, Py_TYPE(self), "crop");
-    int64_t tokens;
-    sa_session at;
-    if (sa_parse_crop(&call, length, &tokens) < 0 || sa_session_begin(self, "crop", &at) < 0) {
-        return NULL;
-    }
-    sa_status status;
-    Py_BEGIN_ALLOW_THREADS
-        status = sa_cuda_store_crop(store_of(&at), &at.scope, tokens, at.stream);
-    Py_END_ALLOW_THREADS
-    return sa_session_end(&at, status);
+    return sa_cuda_attend(self, arguments);
 }
 
 static PyObject *new_bytes(int64_t count)
@@ -252,7 +181,7 @@ static PyObject *read_back(PyObject *self, const char *function, PyObject *keys,
     }
     sa_status status;
     Py_BEGIN_ALLOW_THREADS
-        status = sa_cuda_store_read(store_of(&at), bytes_of(keys), bytes_of(values), bytes_of(lengths), bytes_of(lows), at.stream);
+        status = sa_cuda_store_read(store_in(at.object), bytes_of(keys), bytes_of(values), bytes_of(lengths), bytes_of(lows), at.stream);
     Py_END_ALLOW_THREADS
     return sa_session_end(&at, status);
 }
@@ -279,7 +208,7 @@ static PyObject *cache_save(PyObject *self, PyObject *unused)
 /* Checked and cleaned by a cache of the host, then copied. */
 static sa_status restore(const sa_session *at, const Py_buffer parts[4])
 {
-    sa_cuda_store *store = store_of(at);
+    sa_cuda_store *store = store_in(at->object);
     const int64_t counters = store->config.batch * (int64_t)sizeof(int64_t);
     if (parts[0].len != store->key_bytes || parts[1].len != store->value_bytes || parts[2].len != counters || parts[3].len != counters) {
         return sa_fail(SA_VALUE_ERROR, "load_state_dict(): keys, values, length and low do not have the sizes of this cache");
@@ -339,10 +268,10 @@ static PyObject *cache_lows(PyObject *self, void *unused)
 
 static PyMethodDef cache_methods[] = {
     {"attend", (PyCFunction)(void (*)(void))cache_attend, METH_FASTCALL, "Positional form of SinkCache.attend."},
-    {"copy", cache_copy, METH_NOARGS, NULL},
-    {"reset", cache_reset, METH_O, NULL},
-    {"reorder", cache_reorder, METH_O, NULL},
-    {"crop", cache_crop, METH_O, NULL},
+    {"copy", sa_cuda_copy, METH_NOARGS, NULL},
+    {"reset", sa_cuda_reset, METH_O, NULL},
+    {"reorder", sa_cuda_reorder, METH_O, NULL},
+    {"crop", sa_cuda_crop, METH_O, NULL},
     {"save", cache_save, METH_NOARGS, "(keys, values, lengths, lows) as bytes; waits."},
     {"load", cache_load, METH_VARARGS, "Takes over what save() gave, checked; waits."},
     {0},

@@ -9,9 +9,14 @@ typedef struct kv_object {
     sa_cuda_kv store;
 } kv_object;
 
-static sa_cuda_kv *store_of(const sa_session *at)
+static sa_cuda_kv *store_in(sa_cuda_object *object)
 {
-    return &((kv_object *)at->object)->store;
+    return &((kv_object *)object)->store;
+}
+
+static const sa_cuda_kv *stored_in(const sa_cuda_object *object)
+{
+    return &((const kv_object *)object)->store;
 }
 
 /* --- making ---------------------------------------------------------------------------------------------------------------------- */
@@ -28,12 +33,14 @@ static sa_status place(sa_call *call, kv_object *self, const double *inv_freq)
     return status;
 }
 
+static const sa_cuda_kind kv_cache;
+
 /* A cache without content, of this configuration. */
 static kv_object *new_object(PyTypeObject *type, const sa_kv_config *config, int device, PyObject *allocate, const char *function, bool first,
                              bool filled)
 {
     void *memory;
-    kv_object *self = sa_cuda_object_new(type, sizeof(kv_object), "KVCache", device, allocate);
+    kv_object *self = sa_cuda_object_new(type, sizeof(kv_object), &kv_cache, device, allocate);
     sa_status status = self == NULL ? SA_INTERRUPTED : sa_cuda_kv_begin(config, &self->store);
     if (status == SA_OK) {
         sa_call call = sa_cuda_call(&self->base, type, function);
@@ -74,144 +81,66 @@ static void kv_dealloc(PyObject *object)
     sa_cuda_object_free((sa_cuda_object *)object);
 }
 
-/* Another cache of the same configuration, laid out and not filled. */
-static kv_object *new_like(PyObject *self, const char *function)
+/* --- what a KVCache does in its own way -------------------------------------------------------------------------------------------- */
+
+static sa_cuda_object *new_like(const sa_cuda_object *self, const char *function)
 {
-    const kv_object *mine = (kv_object *)self;
-    return new_object(Py_TYPE(self), &mine->store.config, mine->base.device.device_id, mine->base.allocate, function, false, false);
+    return (sa_cuda_object *)new_object(Py_TYPE(self), &stored_in(self)->config, self->device.device_id, self->allocate, function, false, false);
 }
 
-/* --- attending -------------------------------------------------------------------------------------------------------------------- */
-
-static PyObject *attend_locked(sa_call *call, kv_object *self, PyObject *const *arguments)
+static sa_cuda_shape shape(const sa_cuda_object *self)
 {
-    sa_cuda_kv *store = &self->store;
-    sa_attend_params params = {.function = call->function, .mass_queries = -1, .pinned = store->config.pinned};
-    sa_results results = {0};
-    PyObject *answer = NULL;
-    bool return_lse, return_mass;
-    if (sa_parse_bool(call, "return_lse", arguments[SA_CACHE_RETURN_LSE], &return_lse) < 0 ||
-        sa_parse_bool(call, "return_mass", arguments[SA_CACHE_RETURN_MASS], &return_mass) < 0 ||
-        sa_parse_cache_call(call, arguments, &params, &results.like) < 0) {
-        goto end;
-    }
-    if (self->base.api != NULL && sa_follow_exchange(call, self->base.api, self->base.device) < 0) { /* q of another library than the storage */
-        goto end;
-    }
-    const sa_status status = sa_cuda_kv_check(store, &params);
-    if (status != SA_OK) {
-        sa_raise(status);
-        goto end;
-    }
-    if (sa_make_results(call, &params, arguments[SA_CACHE_OUT], return_lse, return_mass, sa_cuda_kv_slots(store), &results) < 0 ||
-        sa_run_kv_on_cuda(call, &params, store, &results.like) < 0) {
-        goto end;
-    }
-    self->base.stream = call->stream;
-    answer = sa_take_results(call, &results);
-end:
-    sa_drop_results(&results);
-    return answer;
+    const sa_cuda_kv *store = stored_in(self);
+    return (sa_cuda_shape){store->config.batch, store->config.pinned, sa_cuda_kv_slots(store)};
 }
+
+static sa_status check(const sa_cuda_object *self, const sa_attend_params *params)
+{
+    return sa_cuda_kv_check(stored_in(self), params);
+}
+
+static int run(sa_call *call, const sa_attend_params *params, sa_cuda_object *self, const sa_like *like)
+{
+    return sa_run_kv_on_cuda(call, params, store_in(self), like);
+}
+
+static sa_status copy(sa_cuda_object *self, const sa_cuda_object *from, void *stream)
+{
+    return sa_cuda_kv_copy(store_in(self), stored_in(from), stream);
+}
+
+static sa_status check_index(const sa_cuda_object *self, const int64_t *index, int64_t count)
+{
+    return sa_check_kv_index(&stored_in(self)->config, index, count);
+}
+
+static sa_status gather(sa_cuda_object *self, const sa_cuda_object *before, const int64_t *index, void *stream)
+{
+    return sa_cuda_kv_gather(store_in(self), stored_in(before), index, stream);
+}
+
+static sa_status reset(sa_cuda_object *self, const sa_device_scope *scope, const bool *rows, void *stream)
+{
+    (void)scope;
+    return sa_cuda_kv_reset(store_in(self), rows, stream);
+}
+
+static sa_status crop(sa_cuda_object *self, const sa_device_scope *scope, int64_t length, void *stream)
+{
+    return sa_cuda_kv_crop(store_in(self), scope, length, stream);
+}
+
+static const sa_cuda_kind kv_cache = {"KVCache", "KVCache.attend", shape, check, run, new_like, copy, check_index, gather, reset, crop};
+
+/* --- the other methods ------------------------------------------------------------------------------------------------------------- */
 
 static PyObject *kv_attend(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
-    kv_object *cache = (kv_object *)self;
     if (count != SA_CACHE_ARGUMENTS + 1) { /* the last: the function of a Custom policy, None here */
         PyErr_Format(PyExc_TypeError, "CudaKVCache.attend takes %d arguments, got %zd", SA_CACHE_ARGUMENTS + 1, count);
         return NULL;
     }
-    if (!sa_cuda_enter(&cache->base)) {
-        return NULL;
-    }
-    sa_call call = sa_cuda_call(&cache->base, Py_TYPE(self), "KVCache.attend");
-    PyObject *answer = attend_locked(&call, cache, arguments);
-    sa_cuda_leave(&cache->base);
-    sa_call_end(&call);
-    return answer;
-}
-
-/* --- beside the call -------------------------------------------------------------------------------------------------------------- */
-
-static PyObject *kv_copy(PyObject *self, PyObject *unused)
-{
-    (void)unused;
-    sa_session at;
-    kv_object *twin = new_like(self, "copy");
-    if (twin == NULL || sa_session_begin(self, "copy", &at) < 0) {
-        Py_XDECREF(twin);
-        return NULL;
-    }
-    sa_status status = sa_cuda_kv_copy(&twin->store, store_of(&at), at.stream);
-    if (status == SA_OK && twin->base.api == NULL) { /* the copy may be used on another stream at once */
-        status = sa_device_wait("copy", at.stream);
-    }
-    PyObject *done = sa_session_end(&at, status);
-    if (done == NULL) {
-        Py_DECREF(twin);
-        return NULL;
-    }
-    Py_DECREF(done);
-    return (PyObject *)twin;
-}
-
-/* mask: bytes [batch], or None for all. */
-static PyObject *kv_reset(PyObject *self, PyObject *mask)
-{
-    sa_session at;
-    const bool *rows;
-    if (sa_parse_rows(mask, ((kv_object *)self)->store.config.batch, &rows) < 0 || sa_session_begin(self, "reset", &at) < 0) {
-        return NULL;
-    }
-    return sa_session_end(&at, sa_cuda_kv_reset(store_of(&at), rows, at.stream));
-}
-
-static sa_status reorder(kv_object *before, const sa_session *at, const int64_t *index)
-{
-    SA_TRY(sa_cuda_kv_copy(&before->store, store_of(at), at->stream));
-    SA_TRY(sa_cuda_kv_gather(store_of(at), &before->store, index, at->stream));
-    return before->base.api == NULL ? sa_device_wait("reorder", at->stream) : SA_OK; /* else its memory goes back in the order of the stream */
-}
-
-static PyObject *kv_reorder(PyObject *self, PyObject *index)
-{
-    sa_call call = sa_cuda_call((sa_cuda_object *)self, Py_TYPE(self), "reorder");
-    sa_ints order = {0};
-    sa_session at;
-    PyObject *done = NULL;
-    kv_object *before = NULL;
-    call.reads_device = true; /* copies of rows are ordered by the host */
-    if (sa_parse_order(&call, index, &order) < 0) {
-        goto end;
-    }
-    const sa_status status = sa_check_kv_index(&((kv_object *)self)->store.config, order.data, order.shape[0]);
-    if (status != SA_OK) {
-        sa_raise(status);
-        goto end;
-    }
-    before = new_like(self, "reorder");
-    if (before != NULL && sa_session_begin(self, "reorder", &at) == 0) {
-        done = sa_session_end(&at, reorder(before, &at, order.data));
-    }
-end:
-    Py_XDECREF(before);
-    sa_call_end(&call);
-    return done;
-}
-
-static PyObject *kv_crop(PyObject *self, PyObject *length)
-{
-    sa_call call = sa_cuda_call((sa_cuda_object *)self, Py_TYPE(self), "crop");
-    int64_t tokens;
-    sa_session at;
-    if (sa_parse_crop(&call, length, &tokens) < 0 || sa_session_begin(self, "crop", &at) < 0) {
-        return NULL;
-    }
-    sa_status status;
-    Py_BEGIN_ALLOW_THREADS
-        status = sa_cuda_kv_crop(store_of(&at), &at.scope, tokens, at.stream);
-    Py_END_ALLOW_THREADS
-    return sa_session_end(&at, status);
+    return sa_cuda_attend(self, arguments);
 }
 
 /* _core.KVCache of this moment; vectors: with keys and values. It waits. */
@@ -224,7 +153,7 @@ static PyObject *kv_snapshot(PyObject *self, PyObject *vectors)
     }
     sa_status status;
     Py_BEGIN_ALLOW_THREADS
-        status = sa_cuda_kv_read(store_of(&at), vectors == Py_True, at.stream, &host);
+        status = sa_cuda_kv_read(store_in(at.object), vectors == Py_True, at.stream, &host);
     Py_END_ALLOW_THREADS
     PyObject *done = sa_session_end(&at, status);
     Py_XDECREF(done);
@@ -234,13 +163,13 @@ static PyObject *kv_snapshot(PyObject *self, PyObject *vectors)
 /* Checked by a cache of the host, then copied. */
 static sa_status restore(const sa_session *at, PyObject *const *arguments, Py_ssize_t count)
 {
-    sa_kv_config config = store_of(at)->config;
+    sa_kv_config config = store_in(at->object)->config;
     sa_kv_cache *host;
     config.inv_freq_count = 0;
     SA_TRY(sa_kv_new(&config, &host));
     sa_status status = sa_load_kv(arguments, count, host);
     if (status == SA_OK) {
-        status = sa_cuda_kv_write(store_of(at), host, at->stream);
+        status = sa_cuda_kv_write(store_in(at->object), host, at->stream);
     }
     sa_kv_free(host);
     return status;
@@ -277,7 +206,7 @@ static PyObject *kv_lengths(PyObject *self, void *unused)
     }
     sa_status status;
     Py_BEGIN_ALLOW_THREADS
-        status = sa_cuda_kv_lengths(store_of(&at), (int64_t *)(void *)PyBytes_AS_STRING(bytes), at.stream);
+        status = sa_cuda_kv_lengths(store_in(at.object), (int64_t *)(void *)PyBytes_AS_STRING(bytes), at.stream);
     Py_END_ALLOW_THREADS
     PyObject *done = sa_session_end(&at, status);
     Py_XDECREF(done);
@@ -289,10 +218,10 @@ static PyObject *kv_lengths(PyObject *self, void *unused)
 
 static PyMethodDef kv_methods[] = {
     {"attend", (PyCFunction)(void (*)(void))kv_attend, METH_FASTCALL, "Positional form of KVCache.attend."},
-    {"copy", kv_copy, METH_NOARGS, NULL},
-    {"reset", kv_reset, METH_O, NULL},
-    {"reorder", kv_reorder, METH_O, NULL},
-    {"crop", kv_crop, METH_O, NULL},
+    {"copy", sa_cuda_copy, METH_NOARGS, NULL},
+    {"reset", sa_cuda_reset, METH_O, NULL},
+    {"reorder", sa_cuda_reorder, METH_O, NULL},
+    {"crop", sa_cuda_crop, METH_O, NULL},
     {"snapshot", kv_snapshot, METH_O, "A cache of the host with the same content, with keys and values or without; waits."},
     {"load", (PyCFunction)(void (*)(void))kv_load, METH_FASTCALL, "Takes over slots and the blocks of a state, checked; waits."},
     {0},

@@ -33,7 +33,7 @@ static void leave(PyObject *self)
     atomic_flag_clear(&((kv_object *)self)->busy);
 }
 
-static PyObject *wrap(PyTypeObject *type, sa_kv_cache *cache)
+PyObject *sa_wrap_kv(PyTypeObject *type, sa_kv_cache *cache)
 {
     kv_object *self = PyObject_New(kv_object, type);
     if (self == NULL) {
@@ -43,11 +43,6 @@ static PyObject *wrap(PyTypeObject *type, sa_kv_cache *cache)
     self->cache = cache;
     atomic_flag_clear(&self->busy);
     return (PyObject *)self;
-}
-
-PyObject *sa_wrap_kv(PyTypeObject *type, sa_kv_cache *cache)
-{
-    return wrap(type, cache);
 }
 
 int sa_parse_kv_config(PyObject *arguments, sa_kv_config *config, Py_buffer *frequencies, Py_buffer *budgets, int *device, PyObject **allocate)
@@ -101,7 +96,7 @@ static PyObject *kv_new(PyTypeObject *type, PyObject *arguments, PyObject *keywo
     sa_raise(status);
     PyBuffer_Release(&frequencies);
     PyBuffer_Release(&budgets);
-    return status == SA_OK ? wrap(type, cache) : NULL;
+    return status == SA_OK ? sa_wrap_kv(type, cache) : NULL;
 }
 
 static void kv_dealloc(PyObject *self)
@@ -292,7 +287,7 @@ static PyObject *kv_copy(PyObject *self, PyObject *unused)
     const sa_status status = sa_kv_clone(cache, &copy);
     leave(self);
     sa_raise(status);
-    return status != SA_OK ? NULL : wrap(Py_TYPE(self), copy);
+    return status != SA_OK ? NULL : sa_wrap_kv(Py_TYPE(self), copy);
 }
 
 /* mask: bytes [batch], or None for all. */

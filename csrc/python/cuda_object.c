@@ -1,17 +1,20 @@
 #include "cuda_object.h"
 
+#include "bind_params.h"
+
 #include <string.h>
 
-bool sa_cuda_enter(sa_cuda_object *object)
+/* False, with an exception, where another call is at work. */
+static bool enter(sa_cuda_object *object)
 {
     if (atomic_flag_test_and_set(&object->busy)) {
-        PyErr_Format(PyExc_RuntimeError, "%s is in use by another call; give each thread a cache of its own", object->name);
+        PyErr_Format(PyExc_RuntimeError, "%s is in use by another call; give each thread a cache of its own", object->kind->name);
         return false;
     }
     return true;
 }
 
-void sa_cuda_leave(sa_cuda_object *object)
+static void leave(sa_cuda_object *object)
 {
     atomic_flag_clear(&object->busy);
 }
@@ -19,12 +22,12 @@ void sa_cuda_leave(sa_cuda_object *object)
 int sa_session_begin(PyObject *self, const char *function, sa_session *out)
 {
     *out = (sa_session){.object = (sa_cuda_object *)self, .function = function};
-    if (!sa_cuda_enter(out->object)) {
+    if (!enter(out->object)) {
         return -1;
     }
     const sa_status status = sa_device_enter(function, out->object->device.device_id, &out->scope);
     if (status != SA_OK) {
-        sa_cuda_leave(out->object);
+        leave(out->object);
         sa_raise(status);
         return -1;
     }
@@ -38,7 +41,7 @@ int sa_session_begin(PyObject *self, const char *function, sa_session *out)
 PyObject *sa_session_end(const sa_session *session, sa_status status)
 {
     sa_device_leave(&session->scope);
-    sa_cuda_leave(session->object);
+    leave(session->object);
     sa_raise(status);
     return status == SA_OK ? Py_NewRef(Py_None) : NULL;
 }
@@ -69,12 +72,12 @@ int sa_cuda_take_storage(sa_call *call, sa_cuda_object *self, int64_t bytes, boo
     return 0;
 }
 
-void *sa_cuda_object_new(PyTypeObject *type, size_t size, const char *name, int device, PyObject *allocate)
+void *sa_cuda_object_new(PyTypeObject *type, size_t size, const sa_cuda_kind *kind, int device, PyObject *allocate)
 {
     sa_cuda_object *self = PyObject_New(sa_cuda_object, type);
     if (self != NULL) {
         memset((char *)self + sizeof(PyObject), 0, size - sizeof(PyObject));
-        self->name = name;
+        self->kind = kind;
         self->device = (DLDevice){DL_CUDA, device};
         self->allocate = Py_NewRef(allocate);
         atomic_flag_clear(&self->busy);
@@ -97,4 +100,133 @@ sa_call sa_cuda_call(const sa_cuda_object *self, PyTypeObject *type, const char 
     call.device = self->device;
     call.device_known = true;
     return call;
+}
+
+/* --- the methods of every cache ---------------------------------------------------------------------------------------------------- */
+
+static PyObject *attend_locked(sa_call *call, sa_cuda_object *self, PyObject *const *arguments)
+{
+    const sa_cuda_shape shape = self->kind->shape(self);
+    sa_attend_params params = {.function = call->function, .mass_queries = -1, .pinned = shape.pinned};
+    sa_results results = {0};
+    PyObject *answer = NULL;
+    bool return_lse, return_mass;
+    if (sa_parse_bool(call, "return_lse", arguments[SA_CACHE_RETURN_LSE], &return_lse) < 0 ||
+        sa_parse_bool(call, "return_mass", arguments[SA_CACHE_RETURN_MASS], &return_mass) < 0 ||
+        sa_parse_cache_call(call, arguments, &params, &results.like) < 0) {
+        goto end;
+    }
+    if (self->api != NULL && sa_follow_exchange(call, self->api, self->device) < 0) { /* q of another library than the storage */
+        goto end;
+    }
+    const sa_status status = self->kind->check(self, &params);
+    if (status != SA_OK) {
+        sa_raise(status);
+        goto end;
+    }
+    if (sa_make_results(call, &params, arguments[SA_CACHE_OUT], return_lse, return_mass, shape.slots, &results) < 0 ||
+        self->kind->run(call, &params, self, &results.like) < 0) {
+        goto end;
+    }
+    self->stream = call->stream;
+    answer = sa_take_results(call, &results);
+end:
+    sa_drop_results(&results);
+    return answer;
+}
+
+PyObject *sa_cuda_attend(PyObject *self, PyObject *const *arguments)
+{
+    sa_cuda_object *cache = (sa_cuda_object *)self;
+    if (!enter(cache)) {
+        return NULL;
+    }
+    sa_call call = sa_cuda_call(cache, Py_TYPE(self), cache->kind->attend);
+    PyObject *answer = attend_locked(&call, cache, arguments);
+    leave(cache);
+    sa_call_end(&call);
+    return answer;
+}
+
+PyObject *sa_cuda_copy(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    sa_cuda_object *cache = (sa_cuda_object *)self, *twin = cache->kind->new_like(cache, "copy");
+    sa_session at;
+    if (twin == NULL || sa_session_begin(self, "copy", &at) < 0) {
+        Py_XDECREF(twin);
+        return NULL;
+    }
+    sa_status status = cache->kind->copy(twin, cache, at.stream);
+    if (status == SA_OK && twin->api == NULL) { /* the copy may be used on another stream at once */
+        status = sa_device_wait("copy", at.stream);
+    }
+    PyObject *done = sa_session_end(&at, status);
+    if (done == NULL) {
+        Py_DECREF(twin);
+        return NULL;
+    }
+    Py_DECREF(done);
+    return (PyObject *)twin;
+}
+
+PyObject *sa_cuda_reset(PyObject *self, PyObject *mask)
+{
+    sa_cuda_object *cache = (sa_cuda_object *)self;
+    sa_session at;
+    const bool *rows;
+    if (sa_parse_rows(mask, cache->kind->shape(cache).batch, &rows) < 0 || sa_session_begin(self, "reset", &at) < 0) {
+        return NULL;
+    }
+    return sa_session_end(&at, cache->kind->reset(cache, &at.scope, rows, at.stream));
+}
+
+static sa_status reorder(sa_cuda_object *before, const sa_session *at, const int64_t *index)
+{
+    const sa_cuda_kind *kind = before->kind;
+    SA_TRY(kind->copy(before, at->object, at->stream));
+    SA_TRY(kind->gather(at->object, before, index, at->stream));
+    return before->api == NULL ? sa_device_wait("reorder", at->stream) : SA_OK; /* else its memory goes back in the order of the stream */
+}
+
+PyObject *sa_cuda_reorder(PyObject *self, PyObject *index)
+{
+    sa_cuda_object *cache = (sa_cuda_object *)self, *before = NULL;
+    sa_call call = sa_cuda_call(cache, Py_TYPE(self), "reorder");
+    sa_ints order = {0};
+    sa_session at;
+    PyObject *done = NULL;
+    call.reads_device = true; /* copies of rows are ordered by the host */
+    if (sa_parse_order(&call, index, &order) < 0) {
+        goto end;
+    }
+    const sa_status status = cache->kind->check_index(cache, order.data, order.shape[0]);
+    if (status != SA_OK) {
+        sa_raise(status);
+        goto end;
+    }
+    before = cache->kind->new_like(cache, "reorder");
+    if (before != NULL && sa_session_begin(self, "reorder", &at) == 0) {
+        done = sa_session_end(&at, reorder(before, &at, order.data));
+    }
+end:
+    Py_XDECREF(before);
+    sa_call_end(&call);
+    return done;
+}
+
+PyObject *sa_cuda_crop(PyObject *self, PyObject *length)
+{
+    sa_cuda_object *cache = (sa_cuda_object *)self;
+    sa_call call = sa_cuda_call(cache, Py_TYPE(self), "crop");
+    int64_t tokens;
+    sa_session at;
+    if (sa_parse_crop(&call, length, &tokens) < 0 || sa_session_begin(self, "crop", &at) < 0) {
+        return NULL;
+    }
+    sa_status status;
+    Py_BEGIN_ALLOW_THREADS
+        status = cache->kind->crop(cache, &at.scope, tokens, at.stream);
+    Py_END_ALLOW_THREADS
+    return sa_session_end(&at, status);
 }

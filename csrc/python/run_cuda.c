@@ -3,71 +3,76 @@
 #include "bind_params.h"
 #include "device.h"
 
-static sa_status launch(sa_call *call, sa_cuda_work *work, void *memory)
+/* A planned call, whose device is current. */
+typedef struct planned {
+    void *work;
+    sa_status (*run)(void *work, void *memory, void *stream);
+    int64_t memory_bytes;
+    const sa_device_scope *scope;
+} planned;
+
+static sa_status launch(sa_call *call, const planned *plan, void *memory)
 {
-    SA_TRY(sa_cuda_run(work, memory, call->stream));
+    SA_TRY(plan->run(plan->work, memory, call->stream));
     return sa_settle_streams(call);
 }
 
-/* A begun call: memory, launches, end. */
-static int finish(sa_call *call, sa_cuda_work *work, const sa_like *like)
+/* Memory, launches, end. */
+static int finish(sa_call *call, const planned *plan, const sa_like *like)
 {
     void *memory = NULL;
-    if (work->memory_bytes > 0 && sa_new_memory(call, like, work->memory_bytes, &memory) < 0) {
-        sa_cuda_end(work);
+    if (plan->memory_bytes > 0 && sa_new_memory(call, like, plan->memory_bytes, &memory) < 0) {
+        sa_device_leave(plan->scope);
         return -1;
     }
     sa_released released; /* a full queue blocks a launch, and what drains it may need the GIL */
     sa_release(&released);
-    const sa_status status = launch(call, work, memory);
+    const sa_status status = launch(call, plan, memory);
     sa_reacquire(&released);
-    sa_cuda_end(work);
+    sa_device_leave(plan->scope);
     sa_raise(status);
     return status == SA_OK ? 0 : -1;
+}
+
+static sa_status run_work(void *work, void *memory, void *stream)
+{
+    return sa_cuda_run(work, memory, stream);
+}
+
+/* `status`: of planning. */
+static int finish_work(sa_call *call, sa_status status, sa_cuda_work *work, const sa_like *like)
+{
+    sa_raise(status);
+    return status == SA_OK ? finish(call, &(planned){work, run_work, work->memory_bytes, &work->scope}, like) : -1;
 }
 
 int sa_run_on_cuda(sa_call *call, const sa_attend_params *params, const sa_cuda_store *cache, const sa_like *like)
 {
     sa_cuda_work work;
-    const sa_status status = sa_cuda_begin(params, cache, call->stream, &work);
-    sa_raise(status);
-    return status == SA_OK ? finish(call, &work, like) : -1;
+    return finish_work(call, sa_cuda_begin(params, cache, call->stream, &work), &work, like);
 }
 
 int sa_run_mass_on_cuda(sa_call *call, const sa_mass_params *params, const sa_like *like)
 {
     sa_cuda_work work;
-    const sa_status status = sa_cuda_begin_mass(params, &work);
-    sa_raise(status);
-    return status == SA_OK ? finish(call, &work, like) : -1;
+    return finish_work(call, sa_cuda_begin_mass(params, &work), &work, like);
 }
 
 int sa_run_backward_on_cuda(sa_call *call, const sa_attend_backward_params *params, const sa_like *like)
 {
     sa_cuda_work work;
-    const sa_status status = sa_cuda_begin_backward(params, &work);
-    sa_raise(status);
-    return status == SA_OK ? finish(call, &work, like) : -1;
+    return finish_work(call, sa_cuda_begin_backward(params, &work), &work, like);
+}
+
+static sa_status run_kv(void *work, void *memory, void *stream)
+{
+    return sa_cuda_kv_run(work, memory, stream);
 }
 
 int sa_run_kv_on_cuda(sa_call *call, const sa_attend_params *params, sa_cuda_kv *store, const sa_like *like)
 {
     sa_cuda_kv_work work;
-    void *memory = NULL;
-    sa_status status = sa_cuda_kv_plan(store, params, call->stream, &work);
-    if (status != SA_OK || sa_new_memory(call, like, work.memory_bytes, &memory) < 0) {
-        if (status == SA_OK) {
-            sa_cuda_kv_finish(&work);
-        }
-        sa_raise(status);
-        return -1;
-    }
-    sa_released released;
-    sa_release(&released);
-    status = sa_cuda_kv_run(&work, memory, call->stream);
-    status = status != SA_OK ? status : sa_settle_streams(call);
-    sa_reacquire(&released);
-    sa_cuda_kv_finish(&work);
+    const sa_status status = sa_cuda_kv_plan(store, params, call->stream, &work);
     sa_raise(status);
-    return status == SA_OK ? 0 : -1;
+    return status == SA_OK ? finish(call, &(planned){&work, run_kv, work.memory_bytes, &work.scope}, like) : -1;
 }

@@ -1,7 +1,7 @@
 /* SinkCache: any sequence of calls on two caches, one served by a kernel table and one by the scalar reference, and beside them a list of
  * the positions that each row must hold. A refused call leaves every byte as it was. */
 #include "../../csrc/cpu/table.h"
-#include "fuzz.h"
+#include "cache_call.h"
 
 enum { ROWS = 3, MOST_HELD = 64 };
 
@@ -114,45 +114,20 @@ static void attend(twins *t, fuzz_input *in)
     const int64_t heads = config->heads_kv * fuzz_range(in, 1, 3);
     const int64_t longest = clamp_i64(9000 / (heads * (config->depth + config->depth_v)), 5, 90);
     const int64_t tokens = fuzz_byte(in) < 200 ? fuzz_range(in, 0, 5) : fuzz_range(in, 0, longest);
-    const int64_t query[4] = {config->batch + (odd == 255), heads, tokens, config->depth + (odd == 254)};
-    const int64_t key[4] = {config->batch, config->heads_kv, tokens + (odd == 253), config->depth};
-    const int64_t value[4] = {config->batch, config->heads_kv, key[2], config->depth_v + (odd == 252)};
-    fuzz_tensor tensors[3] = {fuzz_make_tensor(in, config->dtype, 4, query, true), fuzz_make_tensor(in, config->dtype, 4, key, true),
-                              fuzz_make_tensor(in, config->dtype, 4, value, true)};
-    const int wild = t->tame ? 0 : 9;
-    for (int i = 0; i < 3; i++) {
-        fuzz_fill(&tensors[i], &t->random, wild);
-    }
+    const cache_extents extents = {config->dtype, config->batch, config->heads_kv, config->depth, config->depth_v};
+    fuzz_tensor tensors[3];
+    take_cache_tensors(in, &extents, odd, heads, tokens, &t->random, t->tame, tensors);
     sa_attend_params p = {.function = "SinkCache.attend", .mass_queries = -1, .pinned = config->pinned};
-    p.query = tensors[0].tensor;
-    p.key = tensors[1].tensor;
-    p.value = tensors[2].tensor;
     int64_t lengths[ROWS];
     for (int64_t b = 0; b < ROWS; b++) {
         lengths[b] = odd == 251 ? fuzz_hostile(in) : fuzz_range(in, 0, tokens);
     }
-    if (given & 1) {
-        p.query_lengths = (sa_ints){.data = lengths, .shape = {config->batch}, .rank = 1};
+    int64_t most = 0;
+    for (int64_t b = 0; b < config->batch; b++) {
+        most = max_i64(most, t->rows[b].length + tokens);
     }
     float numbers[64];
-    for (int i = 0; i < 64; i++) {
-        numbers[i] = 2 * fuzz_uniform(&t->random);
-    }
-    if (given & 2) {
-        p.sink_logits = (sa_floats){.data = numbers, .shape = {heads}, .rank = 1};
-    }
-    if ((given & 4) && config->pinned > 0 && heads * config->pinned <= 64) {
-        p.sink_bias = (sa_floats){.data = numbers, .shape = {heads, config->pinned}, .rank = 2};
-    }
-    double blur = 0.0; /* what fp32 cannot tell apart in the largest ALiBi term: two roundings of it, in the exponent */
-    if (given & 8) {
-        p.alibi_slopes = (sa_floats){.data = numbers, .shape = {heads}, .rank = 1};
-        for (int64_t b = 0; b < config->batch; b++) {
-            blur = fmax(blur, 2.0 * 0x1p-23 * 2.0 * (double)(t->rows[b].length + tokens));
-        }
-    }
-    p.has_softcap = given & 16;
-    p.softcap = 3.0;
+    const double blur = give_cache_arguments(&p, &extents, given, tensors, lengths, most, &t->random, numbers);
     const fuzz_input layout = *in;
     result fast, slow;
     const sa_status status = run(t, t->fast, t->table, &p, layout, &fast);
@@ -162,8 +137,8 @@ static void attend(twins *t, fuzz_input *in)
         if (t->tame && blur < 0.1) {
             const double bound = fuzz_bound(config->dtype) + blur, tight = fmin(fuzz_bound(config->dtype), 2e-4) + blur;
             fuzz_require_close(&fast.out, &slow.out, bound);
-            fuzz_require_floats(fast.lse, slow.lse, query[0] * heads * tokens, tight);
-            fuzz_require_floats(fast.mass, slow.mass, query[0] * config->heads_kv * sa_cache_slots(t->fast), tight);
+            fuzz_require_floats(fast.lse, slow.lse, p.query.shape[0] * heads * tokens, tight);
+            fuzz_require_floats(fast.mass, slow.mass, p.query.shape[0] * config->heads_kv * sa_cache_slots(t->fast), tight);
         }
     }
     drop(&fast);

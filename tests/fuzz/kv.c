@@ -6,7 +6,7 @@
 #include "../../csrc/core/policy.h"
 #include "../../csrc/core/select.h"
 #include "../../csrc/cpu/table.h"
-#include "fuzz.h"
+#include "cache_call.h"
 
 enum { ROWS = 3, HEADS = 2, MOST_HELD = 2048 };
 
@@ -216,20 +216,6 @@ static void compare(const twin *t, const result *fast, const result *slow, int64
     }
 }
 
-static void take_tensors(twin *t, fuzz_input *in, uint8_t odd, int64_t heads, int64_t tokens, fuzz_tensor tensors[3])
-{
-    const sa_kv_config *config = &t->config;
-    const int64_t query[4] = {config->batch + (odd == 255), heads, tokens, config->depth + (odd == 254)};
-    const int64_t key[4] = {config->batch, config->heads_kv, tokens + (odd == 253), config->depth};
-    const int64_t value[4] = {config->batch, config->heads_kv, key[2], config->depth_v + (odd == 252)};
-    tensors[0] = fuzz_make_tensor(in, config->dtype, 4, query, true);
-    tensors[1] = fuzz_make_tensor(in, config->dtype, 4, key, true);
-    tensors[2] = fuzz_make_tensor(in, config->dtype, 4, value, true);
-    for (int i = 0; i < 3; i++) {
-        fuzz_fill(&tensors[i], &t->random, t->tame ? 0 : 9);
-    }
-}
-
 /* The same call on the cache and on a copy of it. */
 static void attend_both(twin *t, const sa_attend_params *p, const int64_t *fresh, bool keep_mass, double blur, fuzz_input layout)
 {
@@ -258,38 +244,19 @@ static void attend(twin *t, fuzz_input *in)
     const uint8_t given = fuzz_byte(in), odd = fuzz_byte(in);
     const int64_t heads = config->heads_kv * fuzz_range(in, 1, 3), longest = clamp_i64(6000 / (heads * (config->depth + config->depth_v)), 5, 60);
     const int64_t tokens = fuzz_byte(in) < 180 ? fuzz_range(in, 0, 4) : fuzz_range(in, 0, longest);
+    const cache_extents extents = {config->dtype, config->batch, config->heads_kv, config->depth, config->depth_v};
     fuzz_tensor tensors[3];
-    take_tensors(t, in, odd, heads, tokens, tensors);
+    take_cache_tensors(in, &extents, odd, heads, tokens, &t->random, t->tame, tensors);
     sa_attend_params p = {.function = "KVCache.attend", .mass_queries = -1, .pinned = config->pinned};
-    p.query = tensors[0].tensor;
-    p.key = tensors[1].tensor;
-    p.value = tensors[2].tensor;
-    int64_t lengths[ROWS];
+    int64_t lengths[ROWS], most = 0;
     for (int64_t b = 0; b < ROWS; b++) {
         lengths[b] = !(given & 1) ? tokens : odd == 251 ? fuzz_hostile(in) : fuzz_range(in, 0, tokens);
     }
-    if (given & 1) {
-        p.query_lengths = (sa_ints){.data = lengths, .shape = {config->batch}, .rank = 1};
+    for (int64_t b = 0; b < config->batch; b++) {
+        most = max_i64(most, t->lengths[b] + tokens);
     }
     float numbers[64];
-    for (int i = 0; i < 64; i++) {
-        numbers[i] = 2 * fuzz_uniform(&t->random);
-    }
-    if (given & 2) {
-        p.sink_logits = (sa_floats){.data = numbers, .shape = {heads}, .rank = 1};
-    }
-    if ((given & 4) && config->pinned > 0 && heads * config->pinned <= 64) {
-        p.sink_bias = (sa_floats){.data = numbers, .shape = {heads, config->pinned}, .rank = 2};
-    }
-    double blur = 0.0;
-    if (given & 8) {
-        p.alibi_slopes = (sa_floats){.data = numbers, .shape = {heads}, .rank = 1};
-        for (int64_t b = 0; b < config->batch; b++) {
-            blur = fmax(blur, 4.0 * 0x1p-23 * (double)(t->lengths[b] + tokens));
-        }
-    }
-    p.has_softcap = given & 16;
-    p.softcap = 3.0;
+    const double blur = give_cache_arguments(&p, &extents, given, tensors, lengths, most, &t->random, numbers);
     t->refuses = given >= 224 ? 1 + (given & 3) : 0;
     attend_both(t, &p, lengths, given & 32, blur, *in);
     for (int i = 0; i < 3; i++) {

@@ -10,6 +10,7 @@
 extern "C" {
 #include "kernels.h"
 #include "work.h"
+#include "../core/policy.h"
 
 void merge(sa_merge_problem);
 void kv_append(sa_cuda_slots);
@@ -85,7 +86,7 @@ static int run(sa_cuda_work *work)
 {
     std::vector<char> memory((size_t)work->memory_bytes + 256, (char)0xff);
     const sa_status status = sa_cuda_run(work, (void *)(((uintptr_t)memory.data() + 255) / 256 * 256), nullptr);
-    sa_cuda_end(work);
+    sa_device_leave(&work->scope);
     return status;
 }
 
