@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICE = ROOT / "tests/c/device"
 KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass", "mass_sm80", "mass_sm90",
            "merge", "backward_rows", "backward_f32", "backward_sm80", "backward_sm90", "kv_append",
-           "kv_step", "kv_evict", "kv_weights")
+           "kv_step", "kv_evict", "kv_weights", "window_sm90")
 NUMBER_TYPES = {"float32": 0, "float16": 1, "float64": 3, "int32": 6, "int64": 7}
 I32, I64, F64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -67,7 +67,8 @@ class Launch(ctypes.Structure):
 
 class Plan(ctypes.Structure):
     _fields_ = [("launches", Launch * 4), ("launch_count", ctypes.c_int),
-                *_fields(I64, "scratch_bytes counter_count"), ("path", ctypes.c_char_p)]
+                *_fields(I64, "scratch_bytes counter_count"), ("path", ctypes.c_char_p),
+                ("form", ctypes.c_int)]
 
 
 class Facts(ctypes.Structure):

@@ -6,7 +6,8 @@
  *   decode.cu        decode_<t>_<d>    few query rows: keys split over CTAs; with `append` the whole streaming step
  *                    decode_mass_<t>_<d>   the same and the mass of the keys, where their scores find room in shared memory
  *   prefill_sm80.cu  prefill_<t>_<d>   many query rows
- *   prefill_sm90.cu  prefill_hopper_<t>_<d>  the same on Hopper, up to depth 128 and without what changes a score
+ *   prefill_sm90.cu  prefill_hopper_<t>_<form>  the same on Hopper, in the forms of params.h; it takes one sa_cuda_prefill
+ *   window_sm90.cu   prefill_window_<t>_<d>  windows so narrow that all that a tile of rows sees fits into registers
  *   attend_f32.cu    attend_f32_<d>    fp32, both
  *   cache.cu         cache_rotate      rotates a chunk into scratch
  *                    cache_commit      writes a chunk into the slots and advances lengths and lows
@@ -56,7 +57,15 @@ typedef struct sa_cuda_plan {
     int64_t scratch_bytes;
     int64_t counter_count;
     const char *path; /* name of the attention kernel, for counters of paths and benchmarks */
+    int form;         /* of sa_cuda_forms where the kernel takes a sa_cuda_prefill, else -1 */
 } sa_cuda_plan;
+
+/* A form of the prefill kernel of Hopper (params.h). */
+typedef struct sa_cuda_form {
+    int32_t depth, width, rows, keys, featured, shared;
+} sa_cuda_form;
+
+extern const sa_cuda_form sa_cuda_forms[];
 
 typedef struct sa_cuda_kernel {
     const char *name;  /* symbol */

@@ -21,7 +21,8 @@
  *   v6 asks for its first keys before it knows which, in long calls   10.4 / 38.2 / 126  4378   4438   11.9 / 38.5    2026-11-25
  * Whether v6 gains is open: in an earlier run, beside calls without it, 123 us stood for 126, 240 for 242 and 473 for 475 at B 64, 37.8 for
  * 39.3; the row above has no such neighbour.
- * With mass (decode_mass.cuh) 11.9 us, 53.9 us, B 64 265 us beside 245 us without; steps 14.8 / 42.0 us.
+ * With mass (decode_mass.cuh) 11.9 us, 53.9 us, B 64 265 us beside 245 us without; steps 14.8 / 42.0 us. The scores of 32768 keys leave room
+ * for six warps, and six do not keep the memory busy: a slice takes 1800 cycles, as it does with eight.
  * v4 ran on a machine whose plain read was slower by a tenth at B 64 in that run (3804 GB/s).
  * Limited by, at B 1: code that runs once and cold, about 7 cycles an instruction: of 17100 cycles 2750 pass before the first key is asked
  * for, 7500 while 64 multiprocessors draw at the full rate of the memory, 4500 from the last key to the end.

@@ -46,6 +46,8 @@ enum { CU_EVENT_DISABLE_TIMING = 2, CU_STREAM_NON_BLOCKING = 1 };
 enum { CU_STREAM_CAPTURE_STATUS_NONE = 0 };
 enum { CU_STREAM_CAPTURE_MODE_RELAXED = 2 };
 
+enum { CU_TENSOR_MAP_FLOAT16 = 6, CU_TENSOR_MAP_BFLOAT16 = 9, CU_TENSOR_MAP_SWIZZLE_128B = 3, CU_TENSOR_MAP_L2_PROMOTION_256B = 3 };
+
 typedef union CUlaunchAttributeValue {
     char pad[64];
     struct {
@@ -90,6 +92,8 @@ typedef struct CUlaunchConfig {
     X(cuKernelGetAttribute, (int *value, int attribute, CUkernel kernel, CUdevice device))                                                \
     X(cuKernelSetAttribute, (int attribute, int value, CUkernel kernel, CUdevice device))                                                 \
     X(cuLaunchKernelEx, (const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra))                             \
+    X(cuTensorMapEncodeTiled, (void *map, int type, uint32_t rank, void *address, const uint64_t *lengths, const uint64_t *strides,       \
+                               const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill))         \
     X(cuOccupancyMaxPotentialClusterSize, (int *size, CUfunction function, const CUlaunchConfig *config))                                 \
     X(cuPointerGetAttribute, (void *value, int attribute, CUdeviceptr pointer))                                                           \
     X(cuMemAlloc, (CUdeviceptr * memory, size_t bytes))                                                                                   \

@@ -8,7 +8,10 @@
  * in fp32, of slices in fp64, in a fixed order.
  *   flops = 2 * depth * visible pairs * heads_q, and as many exponentials as pairs
  * H200, 2026-11-25, bf16, causal, attend alone / with mass, ms: 32/8 heads, N 8192, D 128; D 64; N 2048, B 4, D 128
- *   v1   0.96 / 1.79   0.73 / 1.33   0.35 / 0.69
+ *   v1 slices found by division   0.96 / 1.79   0.73 / 1.33   0.35 / 0.69
+ *   v2 slices found by steps      0.97 / 1.73   0.74 / 1.34   0.35 / 0.68
+ * The pass alone: 0.75 ms at D 128, about 2.3 times what its exponentials take. Suspected: two warps a scheduler that copy as well do not
+ * hide their own latency. At N 2048 and B 1 (0.09 / 0.29) most multiprocessors have no keys.
  * Not for: softcap, ALiBi, bias of pinned keys, maxima, rows that are not read in pieces of 16 bytes (choose.c sends those elsewhere). */
 #include "finish.cuh"
 #include "mass.cuh"
@@ -32,33 +35,53 @@ static_assert(hopper_stages * sizeof(slice_facts) <= SA_MASS_HOPPER_FACTS, "room
 struct passing {
     int count, head, low, high;
     int64_t token; /* on the length axis */
+    const char *rows;
 };
 
-__device__ __forceinline__ passing find_slice(const sa_cuda_problem &p, const mass_shared &s, int64_t index, int64_t each)
-{
-    constexpr int far = 1 << 20;
-    const run &r = s.list.runs[s.run];
-    const int64_t query = s.first_query + index % each * hopper_slice, base = s.at.position + query - r.position - s.first;
-    passing slice;
-    slice.count = (int)least(hopper_slice, s.end_query - query);
-    slice.head = s.kv_head * p.group + (int)(index / each);
-    slice.token = s.at.query_begin + query;
-    slice.low = -far;
-    slice.high = far;
-    if (p.causal || r.kind == run_plain) {
-        const int64_t window = window_of(p, slice.head);
-        slice.low = (int)clamp((p.causal ? 0 : 1 - window) - base, -far, far);
-        slice.high = r.kind == run_pinned ? far : (int)clamp(window - 1 - base, -far, far);
+/* The slices in their order: head after head of the group. Nothing here is divided, as every thread does it for every slice. */
+struct slice_walk {
+    const char *rows;
+    int64_t token, left, base; /* left: queries from here on; base: position of the first beyond that of the CTA's first key */
+    int head;
+
+    __device__ __forceinline__ void enter(const sa_cuda_problem &p, const mass_shared &s, const sa_cuda_tensor &source, int next_head)
+    {
+        head = next_head;
+        token = s.at.query_begin + s.first_query;
+        left = s.end_query - s.first_query;
+        base = s.at.position + s.first_query - s.list.runs[s.run].position - s.first;
+        rows = element(source, s.at.batch, head, token, 2);
     }
-    return slice;
-}
+
+    __device__ __forceinline__ void advance(const sa_cuda_problem &p, const mass_shared &s, const sa_cuda_tensor &source)
+    {
+        if (left <= hopper_slice) {
+            enter(p, s, source, head + 1);
+            return;
+        }
+        token += hopper_slice;
+        left -= hopper_slice;
+        base += hopper_slice;
+        rows += hopper_slice * 2 * source.token;
+    }
+
+    __device__ __forceinline__ passing slice(const sa_cuda_problem &p, const run &r) const
+    {
+        constexpr int far = 1 << 20;
+        passing own = {(int)least(hopper_slice, left), head, -far, far, token, rows};
+        if (p.causal || r.kind == run_plain) {
+            const int64_t window = window_of(p, head);
+            own.low = (int)clamp((p.causal ? 0 : 1 - window) - base, -far, far);
+            own.high = r.kind == run_pinned ? far : (int)clamp(window - 1 - base, -far, far);
+        }
+        return own;
+    }
+};
 
 template <int depth>
-__device__ __forceinline__ void copy_slice(const sa_cuda_problem &p, const mass_shared &s, const sa_cuda_tensor &source, const passing &slice,
-                                           uint32_t target)
+__device__ __forceinline__ void copy_slice(const sa_cuda_problem &p, const sa_cuda_tensor &source, const passing &slice, uint32_t target)
 {
-    load_panels<depth, hopper_slice, hopper_threads>(element(source, s.at.batch, slice.head, slice.token, 2), source.token * 2, 0, slice.count,
-                                                     (int)p.depth, target);
+    load_panels<depth, hopper_slice, hopper_threads>(slice.rows, source.token * 2, 0, slice.count, (int)p.depth, target);
     copy_async_commit();
 }
 
@@ -168,8 +191,10 @@ template <typename T, int depth> __device__ __forceinline__ void mass_hopper(con
     double low_totals[2] = {}, high_totals[2] = {};
     if (slices > 0) {
         load_panels<depth, hopper_keys, hopper_threads>(r.key + s.first * r.key_stride, r.key_stride, 0, count, (int)p.depth, keys_at);
-        passing now = find_slice(p, s, 0, each), next = now;
-        copy_slice<depth>(p, s, source, now, stages);
+        slice_walk walk;
+        walk.enter(p, s, source, s.kv_head * p.group);
+        passing now = walk.slice(p, r), next = now;
+        copy_slice<depth>(p, source, now, stages);
         row_facts own = find_facts(p, s, now);
         copy_async_wait<0>();
         bool masked = needs_mask(now, count, keep_facts(known[0], own));
@@ -180,13 +205,15 @@ template <typename T, int depth> __device__ __forceinline__ void mass_hopper(con
         products_wait<0>();
         pin(low);
         if (slices > 1) {
-            next = find_slice(p, s, 1, each);
-            copy_slice<depth>(p, s, source, next, stages + slice_bytes);
+            walk.advance(p, s, source);
+            next = walk.slice(p, r);
+            copy_slice<depth>(p, source, next, stages + slice_bytes);
             own = find_facts(p, s, next);
         }
+        int stage = 0;
 #pragma unroll 1
         for (int64_t i = 0; i < slices; i++) {
-            const int stage = (int)(i % hopper_stages), following = stage + 1 == hopper_stages ? 0 : stage + 1;
+            const int following = stage + 1 == hopper_stages ? 0 : stage + 1;
             pin(high);
             products_begin();
             issue<T, depth>(high, high_keys, stages + stage * slice_bytes);
@@ -199,14 +226,16 @@ template <typename T, int depth> __device__ __forceinline__ void mass_hopper(con
             const passing current = now;
             now = next;
             if (i + 2 < slices) {
-                next = find_slice(p, s, i + 2, each);
-                copy_slice<depth>(p, s, source, next, stages + (following + 1 == hopper_stages ? 0 : following + 1) * slice_bytes);
+                walk.advance(p, s, source);
+                next = walk.slice(p, r);
+                copy_slice<depth>(p, source, next, stages + (following + 1 == hopper_stages ? 0 : following + 1) * slice_bytes);
                 own = find_facts(p, s, next);
             }
             products_wait<1>();
             pin(high);
             weigh(p, current, masked, count, factor, first_key + 64, known[stage], high, high_totals);
             masked = next_masked;
+            stage = following;
             products_wait<0>();
             pin(low);
         }

@@ -130,6 +130,24 @@ typedef struct sa_cuda_problem {
     int32_t spare;
 } sa_cuda_problem;
 
+/* A tensor as Hopper's copy engine sees it: the driver's CUtensorMap. */
+typedef struct sa_cuda_map {
+#ifdef __cplusplus
+    alignas(64)
+#else
+    _Alignas(64)
+#endif
+    uint64_t words[16];
+} sa_cuda_map;
+
+/* What the prefill kernels of Hopper take: a problem, and its tensors as boxes of 64 columns. */
+typedef struct sa_cuda_prefill {
+    sa_cuda_problem problem;
+    sa_cuda_map query, second_query;  /* the heads of a group, as many tokens as a tile holds; the second where it is given */
+    sa_cuda_map key, value;           /* the keys of a slice */
+    sa_cuda_map few_keys, few_values; /* SA_HOPPER_FEW keys */
+} sa_cuda_prefill;
+
 /* Tiles, known to choose.c and to the kernels. A row of a tile is one query of one head of a group. A slice is what a warp of the decode
  * kernel works on at a time; each warp has a ring of SA_DECODE_STAGES slices of keys and values. */
 enum {
@@ -142,11 +160,20 @@ enum {
     SA_F32_KEYS = 32,
     SA_F32_WARPS = 4,
     SA_PREFILL_ROWS = 64,
+    SA_PREFILL_WIDE_ROWS = 128,
+    SA_PREFILL_KEYS = 64,
     SA_PREFILL_WARPS = 4,
-    SA_HOPPER_ROWS = 128,
-    SA_HOPPER_KEYS = 128,
-    SA_HOPPER_STAGES = 2,
-    SA_HOPPER_THREADS = 384, /* a warpgroup copies, two multiply */
+    SA_HOPPER_HEADS = 64, /* of a group, at most */
+    SA_HOPPER_FEW = 16, /* keys of a small box: the pinned ones, and halves of what is left of a window */
+    SA_WINDOW_KEYS = 144,   /* of a tile of 64 rows, the pinned ones apart, or 136 where that is enough */
+    SA_WINDOW_FEWER_KEYS = 136,
+    SA_WINDOW_GROUPS = 3,   /* warpgroups that multiply */
+    SA_WINDOW_THREADS = 128 * (1 + SA_WINDOW_GROUPS),
+    SA_WINDOW_REGISTERS = 160,
+    SA_WINDOW_COPYING_REGISTERS = 32,
+    SA_WINDOW_HEADS = 64,   /* of a group, at most */
+    SA_WINDOW_PINNED = 16,  /* at most */
+    SA_WINDOW_BIASES = 256, /* of a group, at most */
     SA_MASS_KEYS = 64,
     SA_MASS_ROWS = 16,
     SA_MASS_WARPS = 8,
@@ -161,8 +188,21 @@ enum {
 };
 
 #define SA_DECODE_SLICE(depth) ((depth) == 64 ? 32 : 16) /* keys; depth: 64, 128 or 256 */
+#define SA_PREFILL_WIDE_KEYS(depth) ((depth) == 64 ? 128 : 64)
 #define SA_DECODE_WEIGHING_WARPS(depth) ((depth) == 256 ? 2 : 4) /* at least, where scores are kept beside the rings */
-#define SA_PREFILL_KEYS(depth) ((depth) == 256 ? 32 : 64)
+
+/* Forms of the prefill kernel of Hopper, X(name, depth of queries and keys, of values, rows of a tile, keys of a slice, slices held, tiles
+ * of queries held, scores are more than scaled and hidden): a call takes the first that it fits in. A warpgroup multiplies 64 rows, and one
+ * more copies. */
+#define SA_HOPPER_FORMS(X)                          \
+    X(64, 64, 64, 192, 128, 3, 2, 0)                \
+    X(96, 96, 96, 192, 96, 2, 2, 0)                 \
+    X(128, 128, 128, 192, 80, 3, 2, 0)              \
+    X(192, 192, 128, 192, 80, 2, 1, 0)              \
+    X(256, 256, 256, 128, 64, 2, 1, 0)              \
+    X(featured_64, 64, 64, 192, 96, 3, 1, 1)        \
+    X(featured_128, 128, 128, 192, 80, 3, 1, 1)
+#define SA_HOPPER_THREADS(rows) (2 * (rows) + 128)
 
 #define SA_CUDA_NO_WINDOW (INT64_MAX / 4)
 
@@ -172,9 +212,22 @@ enum {
 #define SA_DECODE_SCORE_STRIDE(rows) ((rows) < 3 ? (rows) : ((rows) + 3) / 4 * 4) /* floats of a key's scores */
 #define SA_DECODE_SHARED(depth) (SA_DECODE_ROWS_SHARED + 2 * SA_DECODE_ROWS * (depth) * 2)
 #define SA_F32_SHARED(depth) (SA_ROWS_SHARED + 4 * ((SA_F32_ROWS + 2 * SA_F32_KEYS) * ((depth) + 4) + SA_F32_ROWS * (SA_F32_KEYS + 4)))
-#define SA_PREFILL_SHARED(depth) (SA_ROWS_SHARED + 2 * (depth) * (SA_PREFILL_ROWS + 4 * SA_PREFILL_KEYS(depth)))
-#define SA_HOPPER_ROWS_SHARED 11264 /* a multiple of 1024, to which swizzled panels are aligned */
-#define SA_HOPPER_SHARED(depth) (SA_HOPPER_ROWS_SHARED + 2 * (depth) * (SA_HOPPER_ROWS + 2 * SA_HOPPER_STAGES * SA_HOPPER_KEYS))
+#define SA_PREFILL_ROWS_SHARED(rows) ((rows) > 64 ? 5120 : 3072)
+#define SA_PREFILL_SHARED(depth, rows, keys) (SA_PREFILL_ROWS_SHARED(rows) + 2 * (depth) * ((rows) + 2 * (keys)))
+#define SA_HOPPER_STATE 7168 /* a multiple of 1024, to which swizzled panels are aligned */
+#define SA_HOPPER_PANELS(depth) (((depth) + 63) / 64 * 128)         /* bytes of a row */
+#define SA_HOPPER_SHARED(depth, width, rows, keys, stages, query_tiles, featured)                                              \
+    (SA_HOPPER_STATE + SA_HOPPER_PANELS(depth) * ((featured ? 2 : 1) * (query_tiles) * (rows) + (stages) * (keys)) + \
+     SA_HOPPER_PANELS(width) * (stages) * (keys))
+
+/* Keys from the first that the first row of a tile may see to the last that the last may, without the window: positions of a tile, and up to
+ * seven more where tiles don't begin at multiples of eight. */
+#define SA_WINDOW_SPAN(group) (64 % ((group) * 8) == 0 ? 64 / (group) : (63 + (group) - 1) / (group) + 1 + 7)
+#define SA_WINDOW_STATE_SHARED 3072
+#define SA_WINDOW_BUNDLES(depth) ((depth) == 64 ? 32 : 15) /* of 16 keys, in the ring */
+#define SA_WINDOW_SHARED(depth)                                                                                                            \
+    (SA_WINDOW_STATE_SHARED + 2 * (depth) * (2 * 16 * (SA_WINDOW_BUNDLES(depth) + 1) + SA_WINDOW_GROUPS * 64 * 2))
+
 #define SA_MASS_SHARED_TOTALS(stride) ((4 * (SA_MASS_KEYS + SA_MASS_ROWS) * (stride) + 7) / 8 * 8)
 #define SA_MASS_SHARED(depth) (SA_ROWS_SHARED + SA_MASS_SHARED_TOTALS((depth) + 1) + 8 * 32 * SA_MASS_WARPS)
 #define SA_MASS_HALF_KEYS(depth) ((depth) == 256 ? 64 : 128)
@@ -199,5 +252,6 @@ SA_CUDA_ASSERT(offsetof(sa_cuda_problem, cache) == 584, "layout of sa_cuda_probl
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, batch) == 768, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(offsetof(sa_cuda_problem, scratch) == 896, "layout of sa_cuda_problem");
 SA_CUDA_ASSERT(sizeof(sa_cuda_problem) == 1064, "layout of sa_cuda_problem");
+SA_CUDA_ASSERT(sizeof(sa_cuda_prefill) == 1088 + 6 * 128, "layout of sa_cuda_prefill");
 
 #endif

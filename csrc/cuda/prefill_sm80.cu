@@ -1,50 +1,51 @@
-/* Attention of many query rows: tiles of 64 rows against slices of 64 keys (32 for depths above 128), FlashAttention-2 fashion.
+/* Attention of many query rows on mma.sync: tiles of 128 rows (64 for depths above 128) against slices of 64 keys, FlashAttention-2
+ * fashion.
  *
  *   out = sum_j 2^(s_j - m) v_j / (sum_j 2^(s_j - m) + 2^(sigma - m)),   flops = 4 * depth * visible pairs * heads_q * batch
  *
- * One CTA per (64 rows, kv head, batch row); rows are the queries of all heads of a group, so that a narrow window wastes little of a
- * tile. Only slices that some row sees are visited: learned rows, pinned keys, window. Slices that every row sees whole carry no mask.
- * Keys and values come by cp.async one slice ahead; each of four warps multiplies its 16 rows with mma.sync. For sm_80 and later.
+ * One CTA per (tile, kv head, batch row); rows are the queries of all heads of a group, so that a narrow window wastes little of a tile.
+ * Only slices that some row sees are visited: learned rows, pinned keys, window. Slices that every row sees whole carry no mask.
+ * Each of four warps multiplies 32 rows, so that every fragment of K and V that it reads from shared memory serves two products. Keys and
+ * values come by cp.async into one buffer each: values while the scores are computed, the next keys while these become weights. Sums are
+ * kept relative to a maximum that may be 8 too small: then a slice seldom rescales what is there.
  *
- * H200, bf16, causal, useful TFLOP/s: 64/8 heads, D 128, N 8192; D 64, N 16384; 16/16, D 256, N 8192; 64/8, D 128, N 32768, window 1024
- *   v1 scores in local memory       114    66   144   102    2026-11-24
- *   v2 scores by value              178   201   159   146    2026-11-24
- * Limited by: queries read from shared memory for every slice, one barrier a slice, 16 rows a warp. Right for every argument, made to be
- * overtaken. */
+ * H200, bf16, causal, 64/8 heads, useful TFLOP/s: D 128, N 8192; D 64, N 16384; 16/16 heads, D 256, N 8192; D 128, N 16384, window 1024 + 4
+ *   v2 64 rows, 16 a warp               178   201   157   141    2026-11-25, a harness of its own
+ *   v3 128 rows, 32 a warp (D 256: 64)  316   290   250   226    2026-11-25, the same run
+ *   v4 maxima that may be too small     not timed yet
+ * torch's flash attention an hour before, same machine: 335, 310, 286 (H 16/16, D 256). Tried and lost at D 128: 8 warps of 16 rows (213), 2
+ * stages of keys and values (314), 256 rows (246), slices of 32 keys (237), features of scores in the same kernel (284, it spills). */
 #include "multiply.cuh"
 
 namespace sa
 {
 
-constexpr int prefill_rows = SA_PREFILL_ROWS;
-static_assert(sizeof(tile<prefill_rows>) <= SA_ROWS_SHARED, "room for what is known of the rows");
+/* blocks: of 16 rows, that a warp multiplies; plain: nothing happens to a score but that it is scaled, by a positive number, and hidden. */
+template <int depth_, int rows_, bool plain_, int keys_ = SA_PREFILL_KEYS, int warps = SA_PREFILL_WARPS, int stages_ = 1, int trial_ = 1>
+struct prefill_shape {
+    static constexpr bool plain = plain_;
+    static constexpr int trial = trial_;
+    static constexpr int stages = stages_;
+    static constexpr int depth = depth_, rows = rows_, keys = keys_, threads = 32 * warps, blocks = rows / (16 * warps);
+    static constexpr int fixed = SA_PREFILL_ROWS_SHARED(rows), query_bytes = rows * depth * 2, half_bytes = keys * depth * 2;
+    static_assert(sizeof(tile<rows>) <= fixed, "room for what is known of the rows");
+};
 
-/* Rows of 16-bit elements into swizzled shared rows, zero beyond width. All threads. */
-template <int depth>
-__device__ __forceinline__ void load_tile(const sa_cuda_problem &p, const char *source, int64_t stride, int rows, int width, char *target,
-                                          uint64_t policy)
+/* Rows of 16-bit elements of any alignment into swizzled shared rows. All threads. */
+template <typename S>
+__device__ __noinline__ void load_elements(const char *source, int64_t stride, int count, int width, char *target)
 {
-    constexpr int pieces = depth / 8;
-    if (p.aligned) {
-        for (int i = threadIdx.x; i < rows * pieces; i += blockDim.x) {
-            const int row = i / pieces, piece = i % pieces;
-            if (piece * 8 < width) {
-                copy_async_16(shared_address(target) + piece_at<depth>(row, piece), source + row * stride + piece * 16, policy);
-            }
-        }
-        return;
-    }
-    for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
+    for (int i = threadIdx.x; i < count * width; i += S::threads) {
         const int row = i / width, d = i % width;
-        *(uint16_t *)(target + piece_at<depth>(row, d / 8) + d % 8 * 2) = ((const uint16_t *)(source + row * stride))[d];
+        *(uint16_t *)(target + piece_at<S::depth>(row, d / 8) + d % 8 * 2) = ((const uint16_t *)(source + row * stride))[d];
     }
 }
 
-template <int depth>
-__device__ void load_query_tile(const sa_cuda_problem &p, const tile<prefill_rows> &t, const sa_cuda_tensor &source, char *target)
+template <typename S>
+__device__ __noinline__ void load_query_tile(const sa_cuda_problem &p, const tile<S::rows> &t, const sa_cuda_tensor &source, char *target)
 {
-    constexpr int pieces = depth / 8;
-    for (int i = threadIdx.x; i < prefill_rows * pieces; i += blockDim.x) {
+    constexpr int pieces = S::depth / 8;
+    for (int i = threadIdx.x; i < S::rows * pieces; i += S::threads) {
         const int row = i / pieces, piece = i % pieces;
         uint16_t part[8] = {};
         if (row < t.real) {
@@ -59,64 +60,190 @@ __device__ void load_query_tile(const sa_cuda_problem &p, const tile<prefill_row
                 }
             }
         }
-        *(uint4 *)(target + piece_at<depth>(row, piece)) = *(const uint4 *)part;
+        *(uint4 *)(target + piece_at<S::depth>(row, piece)) = *(const uint4 *)part;
     }
 }
 
-/* A slice on its way: which run, which keys. */
-struct slice_at {
-    int run, count;
-    int64_t first;
+/* Where keys, or values, are read next: this thread's part of slice `slice`, of run `run`. */
+struct cursor {
+    const char *at;
+    int slice, run;
 };
 
-__device__ __forceinline__ slice_at find_slice(const tile<prefill_rows> &t, int slice, int keys, int run)
+template <typename S> __device__ __forceinline__ int64_t first_key(const tile<S::rows> &t, int slice, int run)
 {
-    while (slice >= t.first_slice[run + 1]) {
-        run++;
-    }
-    const int64_t first = t.seen[run].low + (int64_t)(slice - t.first_slice[run]) * keys;
-    return {run, (int)least(keys, t.seen[run].high - first), first};
+    return t.seen[run].low + (int64_t)(slice - t.first_slice[run]) * S::keys;
 }
 
-template <int depth>
-__device__ __forceinline__ void load_stage(const sa_cuda_problem &p, const tile<prefill_rows> &t, const slice_at &at, char *stage,
-                                           uint64_t policy)
+/* Goes to the run of the cursor's slice; others may have no slices. */
+template <typename S> __device__ __forceinline__ void enter_run(const tile<S::rows> &t, bool values, cursor &c)
 {
-    constexpr int keys = SA_PREFILL_KEYS(depth), pieces = depth / 8;
-    const run &r = t.list.runs[at.run];
-    char *values = stage + keys * depth * 2;
-    load_tile<depth>(p, r.key + at.first * r.key_stride, r.key_stride, at.count, (int)p.depth, stage, policy);
-    load_tile<depth>(p, r.value + at.first * r.value_stride, r.value_stride, at.count, (int)p.depth_v, values, policy);
-    for (int i = at.count * pieces + threadIdx.x; i < keys * pieces;
-         i += blockDim.x) { /* behind the end: weights 0, so values must be finite */
-        *(uint4 *)(values + piece_at<depth>(i / pieces, i % pieces)) = make_uint4(0, 0, 0, 0);
+    while (c.slice >= t.first_slice[c.run + 1]) {
+        c.run++;
+    }
+    const run &r = t.list.runs[c.run];
+    const int64_t row = first_key<S>(t, c.slice, c.run) + threadIdx.x / (S::depth / 8);
+    c.at = (values ? r.value + row * r.value_stride : r.key + row * r.key_stride) + threadIdx.x % (S::depth / 8) * 16;
+}
+
+/* Asks for the cursor's slice and moves on. All threads; the caller says that there is one. */
+template <typename S>
+__device__ __forceinline__ void load_slice(const sa_cuda_problem &p, const tile<S::rows> &t, bool values, cursor &c, char *target)
+{
+    constexpr int pieces = S::depth / 8, step = S::threads / pieces;
+    const run &r = t.list.runs[c.run];
+    const int64_t stride = values ? r.value_stride : r.key_stride;
+    const int piece = threadIdx.x % pieces, row = threadIdx.x / pieces;
+    if (S::trial & 2) {
+        const int64_t start = first_key<S>(t, c.slice, c.run) + row;
+        c.at = (values ? r.value + start * stride : r.key + start * stride) + piece * 16;
+    }
+    const bool last = c.slice + 1 == t.first_slice[c.run + 1];
+    const int count = last ? (int)(t.seen[c.run].high - first_key<S>(t, c.slice, c.run)) : S::keys;
+    if (p.aligned) {
+        const uint32_t to = shared_address(target);
+        const int limit = piece * 8 < (values ? p.depth_v : p.depth) ? count : 0;
+#pragma unroll
+        for (int i = 0; i < S::keys / step; i++) {
+            if (row + i * step < limit) {
+                copy_async_16(to + piece_at<S::depth>(row + i * step, piece), c.at);
+            }
+            c.at += stride * step;
+        }
+    } else {
+        load_elements<S>(c.at - row * stride - piece * 16, stride, count, (int)(values ? p.depth_v : p.depth), target);
+        c.at += stride * S::keys;
+    }
+    copy_async_commit();
+    if (values && last) { /* behind the end: weights 0, so values must be finite */
+        for (int i = count * pieces + threadIdx.x; i < S::keys * pieces; i += S::threads) {
+            *(uint4 *)(target + piece_at<S::depth>(i / pieces, i % pieces)) = make_uint4(0, 0, 0, 0);
+        }
+    }
+    c.slice++;
+    if (last && c.run + 1 < t.list.count && c.slice < t.first_slice[t.list.count]) {
+        enter_run<S>(t, values, c);
     }
 }
 
 /* Clears the values of pinned keys whose bias is -inf for every head of the group: nobody sees them. */
-template <int depth>
-__device__ void clear_removed(const sa_cuda_problem &p, const tile<prefill_rows> &t, const run &r, const slice_at &at, char *values)
+template <typename S>
+__device__ __noinline__ void clear_removed(const sa_cuda_problem &p, const tile<S::rows> &t, int slice, int run, char *values)
 {
-    const int64_t group = p.heads_q / p.heads_kv;
-    for (int key = threadIdx.x; key < at.count; key += blockDim.x) {
+    const int64_t group = p.heads_q / p.heads_kv, first = first_key<S>(t, slice, run);
+    const int count = (int)least(S::keys, t.seen[run].high - first);
+    for (int key = threadIdx.x; key < count; key += S::threads) {
         bool alive = false;
         for (int64_t head = t.kv_head * group; head < (t.kv_head + 1) * group; head++) {
-            alive = alive || number_at(p.sink_bias, head, r.position + at.first + key) != -infinity;
+            alive = alive || number_at(p.sink_bias, head, t.list.runs[run].position + first + key) != -infinity;
         }
-        for (int piece = 0; piece < (alive ? 0 : depth / 8); piece++) {
-            *(uint4 *)(values + piece_at<depth>(key, piece)) = make_uint4(0, 0, 0, 0);
+        for (int piece = 0; piece < (alive ? 0 : S::depth / 8); piece++) {
+            *(uint4 *)(values + piece_at<S::depth>(key, piece)) = make_uint4(0, 0, 0, 0);
         }
     }
     __syncthreads();
 }
 
-template <typename T, int depth>
-__device__ __forceinline__ void write_rows(const sa_cuda_problem &p, const tile<prefill_rows> &t, warp_state<depth> &state)
+template <typename T, typename S>
+__device__ __forceinline__ void multiply_queries(uint32_t queries, uint32_t keys, score_tile<S::keys> (&scores)[S::blocks])
+{
+    const int lane = threadIdx.x % 32, row = lane % 16, key = lane % 8 + lane / 16 * 8, side = lane / 8 % 2;
+#pragma unroll
+    for (int step = 0; step < S::depth / 16; step++) {
+        uint32_t a[S::blocks][4], b[4];
+#pragma unroll
+        for (int block = 0; block < S::blocks; block++) {
+            load_matrices(a[block], queries + piece_at<S::depth>(16 * block + row, 2 * step + lane / 16));
+        }
+#pragma unroll
+        for (int pair = 0; pair < S::keys / 16; pair++) {
+            load_matrices(b, keys + piece_at<S::depth>(pair * 16 + key, 2 * step + side));
+#pragma unroll
+            for (int block = 0; block < S::blocks; block++) {
+                T::multiply(scores[block].at[2 * pair], a[block], b[0], b[1]);
+                T::multiply(scores[block].at[2 * pair + 1], a[block], b[2], b[3]);
+            }
+        }
+    }
+}
+
+/* Weights of 16 rows as the second product takes them. */
+template <int keys> struct weight_tile {
+    uint32_t at[keys / 16][4];
+};
+
+template <typename T, typename S>
+__device__ __forceinline__ void multiply_weights(uint32_t values, const weight_tile<S::keys> (&weights)[S::blocks],
+                                                 warp_state<S::depth> (&state)[S::blocks])
+{
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < S::keys / 16; step++) {
+#pragma unroll
+        for (int pair = 0; pair < S::depth / 16; pair++) {
+            uint32_t b[4];
+            load_matrices_transposed(b, values + piece_at<S::depth>(step * 16 + lane % 16, 2 * pair + lane / 16));
+#pragma unroll
+            for (int block = 0; block < S::blocks; block++) {
+                T::multiply(state[block].values[2 * pair], weights[block].at[step], b[0], b[1]);
+                T::multiply(state[block].values[2 * pair + 1], weights[block].at[step], b[2], b[3]);
+            }
+        }
+    }
+}
+
+/* join_scores of scores that are not scaled yet: `scale`, positive, brings them to log2 units. */
+template <typename T, int trial, int depth, int keys>
+__device__ __forceinline__ void join_scaled(const score_tile<keys> &scores, float scale, warp_state<depth> &state, weight_tile<keys> &weights)
+{
+    float larger[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float maximum = -infinity;
+#pragma unroll
+        for (int n = 0; n < keys / 8; n++) {
+            maximum = fmaxf(maximum, fmaxf(scores.at[n][2 * half], scores.at[n][2 * half + 1]));
+        }
+        maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
+        maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
+        larger[half] = fmaxf(state.maximum[half], maximum * scale);
+    }
+    constexpr float slack = trial & 1 ? 8.0f : 0.0f;
+    if (__any_sync(~0u, larger[0] - state.maximum[0] > slack || larger[1] - state.maximum[1] > slack)) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float factor = exp2_fast(state.maximum[half] - anchor_of(larger[half]));
+            state.maximum[half] = larger[half];
+            state.sum[half] *= factor;
+#pragma unroll
+            for (int n = 0; n < depth / 8; n++) {
+                state.values[n][2 * half] *= factor;
+                state.values[n][2 * half + 1] *= factor;
+            }
+        }
+    }
+    const float anchor[2] = {anchor_of(state.maximum[0]), anchor_of(state.maximum[1])};
+#pragma unroll
+    for (int n = 0; n < keys / 8; n++) {
+        float weight[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            weight[e] = exp2_fast(fmaf(scores.at[n][e], scale, -anchor[e / 2]));
+        }
+        state.sum[0] += weight[0] + weight[1];
+        state.sum[1] += weight[2] + weight[3];
+        weights.at[n / 2][n % 2 * 2] = T::pack(weight[0], weight[1]);
+        weights.at[n / 2][n % 2 * 2 + 1] = T::pack(weight[2], weight[3]);
+    }
+}
+
+template <typename T, typename S>
+__device__ __forceinline__ void write_rows(const sa_cuda_problem &p, const tile<S::rows> &t, int first, warp_state<S::depth> &state)
 {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = threadIdx.x / 32 * 16 + lane / 4 + 8 * half;
+        const int row = first + lane / 4 + 8 * half;
         float sum = state.sum[half];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
@@ -127,7 +254,7 @@ __device__ __forceinline__ void write_rows(const sa_cuda_problem &p, const tile<
         uint16_t *to = (uint16_t *)element(p.output, t.at.batch, t.head[row], t.at.query_begin + t.token[row], 2);
         const bool pairs = ((uintptr_t)to & 3) == 0;
 #pragma unroll
-        for (int n = 0; n < depth / 8; n++) {
+        for (int n = 0; n < S::depth / 8; n++) {
             const int d = n * 8 + lane % 4 * 2;
             const uint32_t both = T::pack(state.values[n][2 * half] * end.factor, state.values[n][2 * half + 1] * end.factor);
             if (d + 1 < p.depth_v && pairs) {
@@ -144,84 +271,128 @@ __device__ __forceinline__ void write_rows(const sa_cuda_problem &p, const tile<
     }
 }
 
-template <typename T, int depth> __device__ __forceinline__ void prefill(const sa_cuda_problem &p)
+/* Scores of a slice become weights. */
+template <typename T, typename S>
+__device__ __forceinline__ void weigh(const sa_cuda_problem &p, const tile<S::rows> &t, int slice, int run, int warp_row,
+                                      score_tile<S::keys> (&scores)[S::blocks], warp_state<S::depth> (&state)[S::blocks],
+                                      weight_tile<S::keys> (&weights)[S::blocks])
 {
-    constexpr int keys = SA_PREFILL_KEYS(depth), stage_bytes = 2 * keys * depth * 2;
+    const sa::run &r = t.list.runs[run];
+    const int64_t first = first_key<S>(t, slice, run);
+    const bool plain = S::plain || (p.scale > 0.0f && !is_featured(p, r));
+    if (!plain) {
+#pragma unroll
+        for (int block = 0; block < S::blocks; block++) {
+            scale_scores<S::keys>(p, t, r, warp_row + 16 * block, first, scores[block]);
+        }
+    }
+    if (first < t.all[run].low || first + S::keys > t.all[run].high) {
+#pragma unroll
+        for (int block = 0; block < S::blocks; block++) {
+            mask_scores<S::keys>(p, t, r, warp_row + 16 * block, first, scores[block]);
+        }
+    }
+#pragma unroll
+    for (int block = 0; block < S::blocks; block++) {
+        join_scaled<T, S::trial>(scores[block], plain ? p.scale * log2e : 1.0f, state[block], weights[block]);
+    }
+}
+
+template <typename T, typename S> __device__ __forceinline__ void prefill(const sa_cuda_problem &p)
+{
     extern __shared__ __align__(128) char memory[];
-    tile<prefill_rows> &t = *(tile<prefill_rows> *)memory;
-    char *queries = memory + SA_ROWS_SHARED, *stages = queries + prefill_rows * depth * 2;
-    const int warp_row = threadIdx.x / 32 * 16;
+    tile<S::rows> &t = *(tile<S::rows> *)memory;
+    char *queries = memory + S::fixed, *keys = queries + S::query_bytes, *values = keys + S::half_bytes;
+    const int warp_row = threadIdx.x / 32 * 16 * S::blocks;
     uint32_t unit = blockIdx.x;
     if (p.sequences == 0) { /* the last tile of a causal row sees most: it goes first */
         unit += (uint32_t)p.row_tiles - 1 - 2 * (unit % (uint32_t)p.row_tiles);
     }
-    if (p.depth < depth || p.depth_v < depth) { /* what no load fills must be zero */
-        for (int i = threadIdx.x; i < 2 * stage_bytes / 16; i += blockDim.x) {
-            ((uint4 *)stages)[i] = make_uint4(0, 0, 0, 0);
+    if (p.depth < S::depth || p.depth_v < S::depth) { /* what no load fills must be zero */
+        for (int i = threadIdx.x; i < 2 * S::stages * S::half_bytes / 16; i += S::threads) {
+            ((uint4 *)keys)[i] = make_uint4(0, 0, 0, 0);
         }
     }
-    if (!begin_tile(p, unit, keys, t)) {
+    if (!begin_tile(p, unit, S::keys, t)) {
         return;
     }
-    if (threadIdx.x < t.real) {
-        t.sink[threadIdx.x] = sink_of(p, t.head[threadIdx.x]);
+    for (int row = threadIdx.x; row < t.real; row += S::threads) {
+        t.sink[row] = sink_of(p, t.head[row]);
     }
-    const uint64_t policy = policy_evict_normal();
     const int slices = t.first_slice[t.list.count];
-    warp_state<depth> state;
-    clear_state(state);
-    slice_at next = {};
-    if (slices > 0) {
-        next = find_slice(t, 0, keys, 0);
-        load_stage<depth>(p, t, next, stages, policy);
+    warp_state<S::depth> state[S::blocks];
+#pragma unroll
+    for (int block = 0; block < S::blocks; block++) {
+        clear_state(state[block]);
     }
-    copy_async_commit();
-    for (int slice = 0, loaded = -1; slice < slices; slice++) {
-        const slice_at at = next;
-        const run &r = t.list.runs[at.run];
-        char *stage = stages + slice % 2 * stage_bytes, *values = stage + keys * depth * 2;
-        copy_async_wait<0>();
-        __syncthreads(); /* the slice is there, and all are done with the one before */
-        if (slice + 1 < slices) {
-            next = find_slice(t, slice + 1, keys, at.run);
-            load_stage<depth>(p, t, next, stages + (slice + 1) % 2 * stage_bytes, policy);
+    cursor key_at = {}, value_at = {};
+    if (slices > 0) {
+        enter_run<S>(t, false, key_at);
+        enter_run<S>(t, true, value_at);
+        load_slice<S>(p, t, false, key_at, keys);
+        if (S::stages == 2) {
+            load_slice<S>(p, t, true, value_at, values);
         }
-        copy_async_commit();
-        const int second = r.kind == run_pinned && has_second_query(p);
+    }
+    for (int slice = 0, run = 0, loaded = -1; slice < slices; slice++) {
+        while (slice >= t.first_slice[run + 1]) {
+            run++;
+        }
+        char *now = keys + (S::stages == 2 ? slice % 2 * 2 * S::half_bytes : 0), *then = keys + (slice + 1) % 2 * 2 * S::half_bytes;
+        copy_async_wait<0>();
+        __syncthreads(); /* the keys are there, and all are done with the values before */
+        if (S::stages == 1) {
+            load_slice<S>(p, t, true, value_at, values);
+        } else if (slice + 1 < slices) {
+            load_slice<S>(p, t, false, key_at, then);
+            load_slice<S>(p, t, true, value_at, then + S::half_bytes);
+        }
+        const int second = t.list.runs[run].kind == run_pinned && has_second_query(p);
         if (loaded != second) {
-            load_query_tile<depth>(p, t, second ? second_query_tensor(p) : query_tensor(p), queries);
+            load_query_tile<S>(p, t, second ? second_query_tensor(p) : query_tensor(p), queries);
             loaded = second;
             __syncthreads();
         }
-        if (r.kind == run_pinned && p.sink_bias.given) {
-            clear_removed<depth>(p, t, r, at, values);
+        score_tile<S::keys> scores[S::blocks] = {};
+        multiply_queries<T, S>(shared_address(queries) + warp_row * S::depth * 2, shared_address(now), scores);
+        if (S::stages == 1) {
+            copy_async_wait<0>();
+            __syncthreads(); /* the values are there, and all are done with the keys */
+            if (slice + 1 < slices) {
+                load_slice<S>(p, t, false, key_at, keys);
+            }
         }
-        score_tile<keys> scores = {};
-        multiply_keys<T, depth, keys>(shared_address(queries) + warp_row * depth * 2, shared_address(stage), scores);
-        scale_scores<keys>(p, t, r, warp_row, at.first, scores);
-        if (at.first < t.all[at.run].low || at.first + keys > t.all[at.run].high) {
-            mask_scores<keys>(p, t, r, warp_row, at.first, scores);
+        if (!S::plain && p.sink_bias.given && t.list.runs[run].kind == run_pinned) {
+            clear_removed<S>(p, t, slice, run, now + S::half_bytes);
         }
-        join_scores(scores, state);
-        multiply_values<T, depth, keys>(shared_address(values), scores, state.values);
+        weight_tile<S::keys> weights[S::blocks];
+        weigh<T, S>(p, t, slice, run, warp_row, scores, state, weights);
+        multiply_weights<T, S>(shared_address(now + S::half_bytes), weights, state);
     }
     __syncthreads();
-    write_rows<T, depth>(p, t, state);
+#pragma unroll
+    for (int block = 0; block < S::blocks; block++) {
+        write_rows<T, S>(p, t, warp_row + 16 * block, state[block]);
+    }
     pad_rows<T>(p, t);
 }
 
 } // namespace sa
 
-#define SA_PREFILL(name, depth)                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(32 * SA_PREFILL_WARPS)                                                                    \
-        prefill_##name##_##depth(const __grid_constant__ sa_cuda_problem p)                                                                \
+#define SA_PREFILL(kernel, name, depth, rows, keys, plain, ctas)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(32 * SA_PREFILL_WARPS, ctas)                                                              \
+        kernel##_##name##_##depth(const __grid_constant__ sa_cuda_problem p)                                                               \
     {                                                                                                                                      \
-        sa::prefill<sa::name, depth>(p);                                                                                                   \
+        sa::prefill<sa::name, sa::prefill_shape<depth, rows, plain, keys>>(p);                                                               \
     }
 
-SA_PREFILL(f16, 64)
-SA_PREFILL(f16, 128)
-SA_PREFILL(f16, 256)
-SA_PREFILL(bf16, 64)
-SA_PREFILL(bf16, 128)
-SA_PREFILL(bf16, 256)
+SA_PREFILL(prefill, f16, 64, SA_PREFILL_ROWS, SA_PREFILL_KEYS, false, 4)
+SA_PREFILL(prefill, f16, 128, SA_PREFILL_ROWS, SA_PREFILL_KEYS, false, 3)
+SA_PREFILL(prefill, f16, 256, SA_PREFILL_ROWS, SA_PREFILL_KEYS, false, 2)
+SA_PREFILL(prefill, bf16, 64, SA_PREFILL_ROWS, SA_PREFILL_KEYS, false, 4)
+SA_PREFILL(prefill, bf16, 128, SA_PREFILL_ROWS, SA_PREFILL_KEYS, false, 3)
+SA_PREFILL(prefill, bf16, 256, SA_PREFILL_ROWS, SA_PREFILL_KEYS, false, 2)
+SA_PREFILL(prefill_wide, f16, 64, SA_PREFILL_WIDE_ROWS, SA_PREFILL_WIDE_KEYS(64), true, 2)
+SA_PREFILL(prefill_wide, f16, 128, SA_PREFILL_WIDE_ROWS, SA_PREFILL_WIDE_KEYS(128), true, 2)
+SA_PREFILL(prefill_wide, bf16, 64, SA_PREFILL_WIDE_ROWS, SA_PREFILL_WIDE_KEYS(64), true, 2)
+SA_PREFILL(prefill_wide, bf16, 128, SA_PREFILL_WIDE_ROWS, SA_PREFILL_WIDE_KEYS(128), true, 2)

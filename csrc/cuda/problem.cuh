@@ -59,23 +59,32 @@ __device__ __forceinline__ void copy_number(int dtype, const void *from, int64_t
 
 /* --- auxiliary arrays of any type -------------------------------------------------------------------------------------------------- */
 
-/* Not inlined, like what else runs once a CTA: cold instructions cost more than calls. */
+/* The log2 of the bytes of SA_NUMBER_*, two bits for each. */
+constexpr uint32_t number_widths = 2u << (2 * SA_NUMBER_F32) | 1u << (2 * SA_NUMBER_F16) | 1u << (2 * SA_NUMBER_BF16) |
+                                   3u << (2 * SA_NUMBER_F64) | 1u << (2 * SA_NUMBER_I16) | 2u << (2 * SA_NUMBER_I32) |
+                                   3u << (2 * SA_NUMBER_I64) | 1u << (2 * SA_NUMBER_U16) | 2u << (2 * SA_NUMBER_U32) |
+                                   3u << (2 * SA_NUMBER_U64);
+
+/* Not inlined, like what else runs once a CTA: cold instructions cost more than calls. No switch: where warps differ in registers ptxas makes
+ * two of this function, and gives both the jump table of one (CUDA 13.0). */
 __device__ __noinline__ double number_of(const void *data, int32_t type, int64_t at)
 {
-    switch (type) {
-    case SA_NUMBER_F32: return ((const float *)data)[at];
-    case SA_NUMBER_F16: return f16::wide(((const uint16_t *)data)[at]);
-    case SA_NUMBER_BF16: return bf16::wide(((const uint16_t *)data)[at]);
-    case SA_NUMBER_F64: return ((const double *)data)[at];
-    case SA_NUMBER_I8: return ((const int8_t *)data)[at];
-    case SA_NUMBER_I16: return ((const int16_t *)data)[at];
-    case SA_NUMBER_I32: return ((const int32_t *)data)[at];
-    case SA_NUMBER_I64: return (double)((const int64_t *)data)[at];
-    case SA_NUMBER_U8: return ((const uint8_t *)data)[at];
-    case SA_NUMBER_U16: return ((const uint16_t *)data)[at];
-    case SA_NUMBER_U32: return ((const uint32_t *)data)[at];
-    default: return (double)((const uint64_t *)data)[at];
+    const int width = (int)(number_widths >> (2 * type) & 3);
+    const char *from = (const char *)data + (at << width);
+    uint64_t bits;
+    if (width > 1) {
+        bits = width > 2 ? *(const uint64_t *)from : *(const uint32_t *)from;
+    } else {
+        bits = width > 0 ? *(const uint16_t *)from : *(const uint8_t *)from;
     }
+    if (type >= SA_NUMBER_I8) {
+        const int unused = 64 - (8 << width);
+        return type >= SA_NUMBER_U8 ? (double)bits : (double)((int64_t)(bits << unused) >> unused);
+    }
+    if (width > 1) {
+        return width > 2 ? __longlong_as_double((int64_t)bits) : (double)__uint_as_float((uint32_t)bits);
+    }
+    return type > SA_NUMBER_F16 ? bf16::wide((uint16_t)bits) : f16::wide((uint16_t)bits);
 }
 
 __device__ __noinline__ int64_t integer_of(const void *data, int32_t type, int64_t at)

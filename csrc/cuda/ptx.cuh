@@ -129,6 +129,11 @@ __device__ __forceinline__ void copy_async_16(uint32_t target, const void *sourc
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "l"(policy) : "memory");
 }
 
+__device__ __forceinline__ void copy_async_16(uint32_t target, const void *source)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
 __device__ __forceinline__ void copy_async_8(uint32_t target, const void *source)
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(target), "l"(source) : "memory");

@@ -8,6 +8,7 @@
 #include "../core/integers.h"
 #include "counters.h"
 #include "kernels.h"
+#include "maps.h"
 
 enum { ALIGNMENT = 256 };
 static const int64_t WIDEST = (int64_t)1 << 53; /* windows beyond are all alike; a double holds it exactly */
@@ -396,6 +397,9 @@ sa_status sa_cuda_run(sa_cuda_work *work, void *memory, void *stream)
         const sa_cleared *cleared = &work->cleared[i];
         void *data = cleared->data != NULL ? cleared->data : (char *)memory + cleared->offset;
         SA_TRY(sa_device_fill(function, data, 0, cleared->bytes, stream));
+    }
+    if (work->plan.form >= 0) {
+        SA_TRY(sa_device_map(function, &sa_cuda_forms[work->plan.form], &work->prefill));
     }
     for (int i = 0; i < work->plan.launch_count; i++) {
         SA_TRY(sa_device_launch(function, &work->scope, &work->plan.launches[i], &work->problem, stream));

@@ -30,6 +30,7 @@ typedef struct sa_cuda_work {
     union {
         sa_cuda_problem problem;
         sa_cuda_backward backward; /* begins with a problem */
+        sa_cuda_prefill prefill;   /* the same */
     };
     sa_cuda_plan plan;
     sa_staged staged[SA_MAX_STAGED];

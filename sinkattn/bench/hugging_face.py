@@ -18,7 +18,7 @@ import numpy as np
 from .machine import MIB
 from .statement import as_double
 
-TOKENS = 8  # that a timed call generates
+TOKENS = 8  # that a timed call generates, unless told otherwise
 
 
 @dataclass
@@ -30,8 +30,11 @@ class Sizes:
     cache: tuple = (4, 1020)  # pinned, window
     contexts: tuple = (1024, 4096, 16384, 32768)
     rows: int = 1
+    tokens: int = TOKENS
 
 
+# A model whose weights are a small part of what a step of sdpa reads at 32 768 tokens.
+LARGE = Sizes(hidden=4096, layers=16, heads=(32, 8), depth=128, contexts=(32768,), rows=8)
 QUICK = Sizes(hidden=32, layers=2, heads=(2, 1), depth=16, cache=(2, 14), contexts=(32,))
 
 
@@ -55,28 +58,29 @@ def make_models(sizes, dtype, device):
         num_key_value_heads=sizes.heads[1], head_dim=sizes.depth, pad_token_id=None,
         bos_token_id=None, eos_token_id=None, max_position_embeddings=1 << 20)
     torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-    model = model.to(device, getattr(torch, dtype)).eval()
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa",
+                                              dtype=getattr(torch, dtype)).eval()
     return hf.enable(copy.deepcopy(model)), model
 
 
 class Stream:
     """A model in the middle of a text."""
 
-    def __init__(self, model, cache, context, fill, rows=1):
+    def __init__(self, model, cache, context, fill, sizes):
         import torch
-        self.model, self.cache = model, cache
-        self.ids = torch.zeros(rows, context + 1, dtype=torch.int64, device=model.device)
+        self.model, self.cache, self.tokens = model, cache, sizes.tokens
+        self.ids = torch.zeros(sizes.rows, context + 1, dtype=torch.int64, device=model.device)
         fill(cache, context)
 
     def generate(self):
-        """TOKENS more tokens; the text and the cache are then so much longer."""
+        """More tokens; the text and the cache are then so much longer."""
         import torch
 
         from sinkattn.hf.sinks import cache_keyword
         with torch.no_grad():
             self.ids = self.model.generate(
-                self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=TOKENS,
+                self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=self.tokens,
                 do_sample=False, **{cache_keyword(self.model): self.cache})
         return self.ids
 
@@ -102,7 +106,16 @@ def ours(sizes, model, context):
                              Mask(Pattern(causal=True), sizes.rows, length, length, 0))
     sinks, window = sizes.cache
     return Stream(model, hf.SinkCache(model.config, sinks=sinks, window=window), context, fill,
-                  sizes.rows)
+                  sizes)
+
+
+def captured(sizes, model, context):
+    """Ours with the decode step as a CUDA graph."""
+    from sinkattn import hf
+    model = copy.copy(model)  # the same weights; a capture replaces forward
+    stream = ours(sizes, model, context)
+    stream.capture = hf.capture(model, stream.cache)
+    return stream
 
 
 def theirs(sizes, model, context):
@@ -111,7 +124,7 @@ def theirs(sizes, model, context):
     def fill(cache, length):
         for layer in range(sizes.layers):
             cache.update(*random_states(sizes, length, model), layer)
-    return Stream(model, DynamicCache(), context, fill, sizes.rows)
+    return Stream(model, DynamicCache(), context, fill, sizes)
 
 
 def bytes_of(cache):
@@ -219,6 +232,8 @@ def contestants(options):
     def without_cudnn():
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                             SDPBackend.MATH])
+    if torch.device(options.device).type == "cuda":
+        yield "SinkCache, captured", captured, 0, nullcontext
     yield "SinkCache", ours, 0, nullcontext
     yield "sdpa + DynamicCache", theirs, 1, nullcontext
     if torch.device(options.device).type == "cuda":  # cuDNN plans anew for each new length
@@ -229,17 +244,24 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m sinkattn.bench.hugging_face")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rows", type=int, default=1, help="of the batch")
+    parser.add_argument("--rows", type=int, help="of the batch")
+    parser.add_argument("--large", action="store_true", help="16 layers, 32/8 heads of 128")
+    parser.add_argument("--tokens", type=int, help="that a timed call generates")
+    parser.add_argument("--contexts", type=int, nargs="+", metavar="TOKENS")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
-    sizes = replace(QUICK if options.quick else Sizes(), rows=options.rows)
+    sizes = QUICK if options.quick else LARGE if options.large else Sizes()
+    sizes = replace(sizes, rows=options.rows or sizes.rows,
+                    tokens=options.tokens or sizes.tokens,
+                    contexts=options.contexts or sizes.contexts)
     models = make_models(sizes, options.dtype, options.device)
     print(f"tokens per second of generate, {sizes.rows} rows, median of {options.repeats}; bytes "
           "of the cache")
     for context in sizes.contexts:
         streams = [(name, make(sizes, models[at], context), around)
                    for name, make, at, around in contestants(options)]
+        ours_at = [name for name, *_ in streams].index("SinkCache")
         held = [bytes_of(stream.cache) for _, stream, _ in streams]
         seconds = [[] for _ in streams]
         for turn in range(options.repeats + 1):
@@ -249,11 +271,11 @@ def main(arguments=None):
                     stream.generate()[0, -1].item()  # waits for a device
                 if turn > 0:
                     taken.append(time.perf_counter() - begin)
-        rates = [sizes.rows * TOKENS / statistics.median(taken) for taken in seconds]
+        rates = [sizes.rows * sizes.tokens / statistics.median(taken) for taken in seconds]
         print(f"after {context:6}: " + ", ".join(
             f"{name} {rate:8.1f} ({size} bytes, {rates[0] / rate:.2f}x)"
             for (name, _, _), rate, size in zip(streams, rates, held))
-            + f"; error of ours {stream_error(streams[0][1]):.1e}")
+            + f"; error of ours {stream_error(streams[ours_at][1]):.1e}")
     return 0
 
 

@@ -34,6 +34,7 @@ class StreamLayer(CacheLayerMixin):
         self.make, self.window, self.rollback = make, window, rollback
         self.is_sliding = window is not None
         self.stream, self.batch_size, self.columns, self.padded = None, -1, 0, False
+        self.step = None  # while a step is captured: which rows have the token, on the device
 
     def lazy_initialization(self, key_states, value_states=None):
         raise NotImplementedError("sinkattn.hf: the cache is made at the first tokens; early "
@@ -47,8 +48,11 @@ class StreamLayer(CacheLayerMixin):
         tokens = key.shape[2]
         starts = self.starts_of(mask, tokens)
         stream = self.stream_for(key, value)
-        self.refuse_other_rows(stream, starts)
-        shift, lengths = (None, None) if starts is None else mask.chunk_rows()
+        if self.step is not None:
+            shift, lengths = None, self.step
+        else:
+            self.refuse_other_rows(stream, starts)
+            shift, lengths = (None, None) if starts is None else mask.chunk_rows()
         if shift is not None:
             query, key, value = (moved(x, shift) for x in (query, key, value))
         out = query.new_empty(query.shape[0], tokens, query.shape[1], value.shape[3])

@@ -229,7 +229,25 @@ static void pieces_and_windows(void)
 static bool takes_hopper(sa_cuda_problem p, const sa_cuda_device *device)
 {
     const sa_cuda_plan plan = plan_of(&p, device);
-    return strncmp(plan.path, "prefill_hopper", 14) == 0;
+    const bool hopper = strncmp(plan.path, "prefill_hopper", 14) == 0;
+    CHECK(hopper == (plan.form >= 0));
+    if (hopper) {
+        const sa_cuda_form *form = &sa_cuda_forms[plan.form];
+        CHECK(p.depth <= form->depth && p.depth_v <= form->width && form->shared <= device->shared_limit);
+        CHECK(p.row_tiles * (form->rows / p.group) >= p.query_length);
+    }
+    return hopper;
+}
+
+static bool is_featured(sa_cuda_problem p, const sa_cuda_device *device)
+{
+    const sa_cuda_plan plan = plan_of(&p, device);
+    return strncmp(plan.path, "prefill_hopper_bf16_featured", 28) == 0 && sa_cuda_forms[plan.form].featured;
+}
+
+static sa_cuda_tensor dense(int64_t heads, int64_t tokens, int64_t depth)
+{
+    return (sa_cuda_tensor){(void *)(uintptr_t)256, heads * tokens * depth, tokens * depth, depth};
 }
 
 /* What the kernel for Hopper takes, and each thing that it leaves to the other. */
@@ -239,27 +257,108 @@ static void hopper_prefill(void)
     hopper.wgmma = 1;
     sa_cuda_problem plain = problem_of(2, 8, 2, 128, 3000, 3000, SA_CUDA_BF16);
     plain.scale = 0.1f;
+    plain.query = dense(8, 3000, 128);
+    plain.key = plain.value = dense(2, 3000, 128);
     CHECK(takes_hopper(plain, &hopper) && !takes_hopper(plain, &h200));
     sa_cuda_problem p = plain;
-    p.depth = p.depth_v = 192;
+    p.depth = p.depth_v = 64;
+    CHECK(takes_hopper(p, &hopper));
+    p.depth = p.depth_v = 512;
     CHECK(!takes_hopper(p, &hopper));
     p = plain;
-    p.scale = -0.1f;
-    CHECK(!takes_hopper(p, &hopper));
+    p.scale = -0.1f; /* dot products cannot be compared before they are scaled */
+    CHECK(takes_hopper(p, &hopper) && is_featured(p, &hopper) && !is_featured(plain, &hopper));
     p = plain;
     p.window = (sa_cuda_numbers){.value = 1024.0, .given = 1};
     CHECK(takes_hopper(p, &hopper));
     p.window.value = 128.0;
     CHECK(!takes_hopper(p, &hopper));
+    p.window.data = &p; /* on the device, a head each */
+    CHECK(takes_hopper(p, &hopper));
     p = plain;
     p.softcap = 3.0f;
+    CHECK(is_featured(p, &hopper));
+    p.softcap = 0.0f;
+    p.sink_bias = (sa_cuda_numbers){.value = 1.0, .given = 1};
+    p.pinned = 16;
+    CHECK(is_featured(p, &hopper));
+    p.pinned = 17; /* one by one */
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.sink_query = dense(8, 3000, 128);
+    CHECK(is_featured(p, &hopper));
+    p.sink_query.token = 0;
     CHECK(!takes_hopper(p, &hopper));
     p = plain;
     p.query.data = (void *)(uintptr_t)8;
     CHECK(!takes_hopper(p, &hopper));
     p = plain;
+    p.key.head = 0; /* one for all: the copy engine wants a step */
+    CHECK(!takes_hopper(p, &hopper));
+    p.heads_q = p.heads_kv = 1;
+    CHECK(takes_hopper(p, &hopper));
+    p.value.token = -128;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.heads_q = 2 * 7; /* tiles of 126 rows */
+    CHECK(takes_hopper(p, &hopper));
+    p.heads_q = 2 * 200;
+    CHECK(!takes_hopper(p, &hopper));
+    p = plain;
+    p.batch = 1;
+    p.sequences = 5;
+    CHECK(takes_hopper(p, &hopper));
+    p = plain;
     make_cache(&p, 4, 1000);
     CHECK(!takes_hopper(p, &hopper));
+}
+
+static bool takes_window(sa_cuda_problem p, const sa_cuda_device *device)
+{
+    const sa_cuda_plan plan = plan_of(&p, device);
+    return strncmp(plan.path, "prefill_window", 14) == 0;
+}
+
+/* What the kernel of narrow windows takes: all that a tile sees has to fit, which depends on how many positions a tile spans. */
+static void window_prefill(void)
+{
+    sa_cuda_device hopper = h200;
+    hopper.wgmma = 1;
+    sa_cuda_problem narrow = problem_of(2, 8, 2, 128, 3000, 3000, SA_CUDA_BF16);
+    narrow.scale = 0.1f;
+    narrow.causal = 1;
+    narrow.pinned = 4;
+    narrow.window = (sa_cuda_numbers){.value = 129.0, .given = 1};
+    CHECK(takes_window(narrow, &hopper) && !takes_window(narrow, &h200));
+    sa_cuda_problem p = narrow;
+    const sa_cuda_plan plan = plan_of(&p, &hopper);
+    CHECK(p.row_tiles == (3000 * 4 + 63) / 64 && plan.launches[0].grid == 132 && plan.launches[0].block == SA_WINDOW_THREADS);
+    CHECK(plan.launches[0].shared <= (uint32_t)h200.shared_limit && SA_WINDOW_SHARED(64) <= h200.shared_limit);
+    p = narrow;
+    p.window.value = 130.0;
+    CHECK(!takes_window(p, &hopper));
+    p.heads_q = 16; /* eight positions a tile */
+    CHECK(takes_window(p, &hopper));
+    p.heads_q = 6; /* up to 29 from one multiple of eight on */
+    p.window.value = 117.0;
+    CHECK(!takes_window(p, &hopper));
+    p.window.value = 116.0;
+    CHECK(takes_window(p, &hopper));
+    p = narrow;
+    p.pinned = SA_WINDOW_PINNED + 1;
+    CHECK(!takes_window(p, &hopper));
+    p = narrow;
+    p.causal = 0;
+    CHECK(!takes_window(p, &hopper));
+    p = narrow;
+    p.window.data = &p;
+    CHECK(!takes_window(p, &hopper));
+    p = narrow;
+    p.output.data = (void *)(uintptr_t)8;
+    CHECK(!takes_window(p, &hopper));
+    p = narrow;
+    p.lengths.given = p.starts.given = p.query_lengths.given = 1;
+    CHECK(takes_window(p, &hopper));
 }
 
 static void refuses_endless_grids(void)
@@ -280,6 +379,7 @@ int main(void)
     nothing_to_do();
     pieces_and_windows();
     hopper_prefill();
+    window_prefill();
     refuses_endless_grids();
     printf("ok\n");
     return 0;

@@ -82,6 +82,24 @@ def test_every_argument(library, seed, dtype, device):
     assert_close(got[2], expected[2], 1e-5 if dtype == "float32" else 1e-3)
 
 
+@pytest.mark.parametrize("dtype, depth, keywords", [
+    ("bfloat16", 128, {"sinks": 3, "window": 1040, "sink_logits": 1}),
+    ("float16", 64, {"causal": False, "lengths": np.array([1100, 70]), "q_lengths": np.array([36, 20])}),
+    ("bfloat16", 80, {"sinks": 70, "window": 1030, "sink_q": 1, "sink_kv": 1, "starts": np.array([0, 9])})])
+def test_wide_tiles(library, dtype, depth, keywords):
+    """Taken where rows see much and there are many of them: here for a device that has room for none."""
+    random = np.random.default_rng(6)
+    q = normal(random, 2, 7, 37, depth, dtype=dtype)
+    k, v = (normal(random, 2, 1, 1100, depth, dtype=dtype) for _ in range(2))
+    given = {"sink_q": q[::-1], "sink_logits": normal(random, 7),
+             "sink_kv": tuple(normal(random, 1, 3, depth, dtype=dtype) for _ in range(2))}
+    keywords = {name: given.get(name, value) for name, value in keywords.items()}
+    call = emulated.Call(q, k, v, want_mass=False, **keywords)
+    check(call.run(library, emulated.Facts(80, 0, 166912, 0)),
+          reference.attend(q, k, v, return_lse=True, **keywords), dtype)
+    assert call.plan.path.startswith(b"prefill_wide")
+
+
 @pytest.mark.parametrize("device, splits, cluster", [("h200", 8, 8), ("a100", None, 1)])
 def test_splits_meet(library, device, splits, cluster):
     """In a cluster's shared memory, or in scratch."""
@@ -363,3 +381,53 @@ def test_mass_alone(library, seed, dtype):
     some = random.random(lse.shape)
     got = emulated.mass(library, q, k, odd, on_device=seed > 1, row_weights=some, **keywords)
     assert_close(got, reference.mass(q, k, odd, row_weights=some, **keywords), 1e-5)
+
+
+SEQUENCES = {"cu_seqlens_q": np.array([0, 31, 31, 150, 200]),
+             "cu_seqlens_k": np.array([0, 70, 90, 210, 260])}
+NARROW = {  # heads, depth, queries, keys, pinned, arguments
+    "ring comes round": ((4, 1), 128, 400, 400, 4, {"window": 129}),
+    "eighths": ((8, 1), 64, 300, 333, 0, {"window": 137}),
+    "fewer keys": ((8, 1), 64, 200, 200, 4, {"window": 128}),
+    "three heads": ((6, 2), 80, 150, 150, 16, {"window": 90}),
+    "one head": ((2, 2), 96, 200, 260, 1, {"window": 81}),
+    "rows": ((16, 1), 64, 90, 120, 1, {"window": 64, "starts": np.array([3, 50]),
+                                       "lengths": np.array([100, 60], np.int32),
+                                       "q_lengths": np.array([90, 11])}),
+    "packed": ((8, 2), 64, 200, 260, 4, {"window": 40, **SEQUENCES}),
+    "softcap": ((8, 2), 64, 100, 100, 4, {"window": 50, "softcap": 5.0}),
+    "alibi": ((8, 2), 64, 100, 120, 4, {"window": 50, "alibi_slopes": np.linspace(0.01, 0.3, 8)}),
+}
+
+
+@pytest.mark.parametrize("case", NARROW)
+def test_narrow_windows_on_hopper(library, case):
+    """Few multiprocessors, so that each comes to several heads, and rings come round."""
+    (heads_q, heads_kv), depth, queries, keys, sinks, arguments = NARROW[case]
+    random = np.random.default_rng(list(case.encode()))
+    dtype = "float16" if case == "rows" else "bfloat16"
+    batch = len(arguments["starts"]) if "starts" in arguments else 1
+    q = normal(random, batch, heads_q, queries, depth, dtype=dtype)
+    k, v = (normal(random, batch, heads_kv, keys, depth, dtype=dtype) for _ in range(2))
+    arguments = {"sinks": sinks, "sink_logits": normal(random, heads_q), **arguments}
+    if case == "packed":
+        arguments["sink_bias"] = normal(random, heads_q, sinks)
+        arguments["sink_q"] = normal(random, batch, heads_q, queries, depth, dtype=dtype)
+    call = emulated.Call(q, k, v, want_mass=False, **arguments)
+    got = call.run(library, emulated.Facts(90, 3, 232448, 8, 1))
+    check(got, reference.attend(q, k, v, return_lse=True, **arguments), dtype)
+    assert call.plan.path.startswith(b"prefill_window")
+
+
+def test_narrow_windows_keep_out_what_nobody_sees(library):
+    random = np.random.default_rng(4)
+    q = normal(random, 1, 4, 40, 64, dtype="float16")
+    k, v = (normal(random, 1, 1, 300, 64, dtype="float16") for _ in range(2))
+    arguments = {"window": 50, "sinks": 4, "lengths": np.array([260])}
+    expected = reference.attend(q, k, v, return_lse=True, **arguments)
+    seen = np.zeros(300, bool)
+    seen[:4] = seen[260 - 40 - 49:260] = True
+    k[:, :, ~seen], v[:, :, ~seen] = np.nan, np.inf
+    call = emulated.Call(q, k, v, want_mass=False, **arguments)
+    check(call.run(library, emulated.H200_PRODUCTS), expected, "float16")
+    assert call.plan.path == b"prefill_window_f16_64_136"

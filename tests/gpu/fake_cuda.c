@@ -232,6 +232,7 @@ static CUresult fake_cuStreamGetId(CUstream stream, unsigned long long *id)
     return CUDA_SUCCESS;
 }
 
+#define fake_cuTensorMapEncodeTiled nothing
 #define fake_cuFuncLoad nothing
 #define fake_cuStreamSynchronize nothing
 #define fake_cuStreamCreate nothing

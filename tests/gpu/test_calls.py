@@ -45,6 +45,49 @@ def test_the_cpu_and_the_gpu_agree(dtype, queries, keywords, torch):
         assert_close(wide(there[2]), wide(here[2]), 2e-5 if dtype == "float32" else 2e-3)
 
 
+FORMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
+
+
+@pytest.mark.parametrize("keywords", [{}, {"window": 513, "sinks": 7, "sink_logits": 0.5},
+                                      {"window": 600, "sinks": 20}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("depths", FORMS, ids=str)
+def test_long_calls_of_every_depth(depths, keywords, torch):
+    """The forms of Hopper's prefill kernel, groups that do not divide its tile, keys beyond all."""
+    q, k = (make(torch, 2, h, n, depths[0]) for h, n in ((6, 300), (2, 1300)))
+    v = make(torch, 2, 2, 1300, depths[1], seed=2)
+    k[1, :, 900:] = v[1, :, 900:] = torch.nan
+    lengths = np.array([1300, 900])
+    out, lse = attend(q, k, v, lengths=lengths, return_lse=True, **keywords)
+    for row, length in enumerate(lengths):
+        arrays = (wide(q[row:row + 1]), wide(k[row:row + 1, :, :length]), wide(v[row:row + 1, :, :length]))
+        right, right_lse = reference.attend(*arrays, return_lse=True, **keywords)
+        assert_close(wide(out[row:row + 1]), right, HALF_RELATIVE["bfloat16"])
+        assert_lse_close(wide(lse[row:row + 1]), right_lse, 2e-4)
+
+
+def test_long_calls_with_everything_that_changes_a_score(torch):
+    q, k, v = qkv(torch, heads=(6, 2), queries=700, keys=900, depth=128)
+    second, heads = make(torch, *q.shape, seed=9), np.linspace(-1, 1, 6).astype(np.float32)
+    keywords = {"window": np.array([600, 900, 550, 700, 0, 1000]), "sinks": 5, "softcap": 4.0,
+                "alibi_slopes": heads * 0.01, "sink_bias": heads[:, None] * np.ones((1, 5), np.float32)}
+    before = show_config()["cuda_launches"]
+    out = attend(q, k, v, sink_q=second, **keywords)
+    taken = {name for name, count in show_config()["cuda_launches"].items() if count != before.get(name, 0)}
+    assert torch.cuda.get_device_capability() != (9, 0) or taken <= {"prefill_hopper_bf16_featured_128", "stage"}
+    right = reference.attend(*map(wide, (q, k, v)), sink_q=wide(second), **keywords)
+    assert_close(wide(out), right, HALF_RELATIVE["bfloat16"])
+
+
+def test_packed_sequences_are_calls_of_their_own(torch):
+    cumulative = np.array([0, 300, 300, 333, 1000])
+    q, k, v = qkv(torch, batch=1, heads=(6, 2), queries=1000, keys=1000, depth=64)
+    out = attend(q, k, v, cu_seqlens_q=cumulative, cu_seqlens_k=cumulative)
+    for begin, end in zip(cumulative[:-1], cumulative[1:], strict=True):
+        if begin < end:
+            alone = attend(*(x[:, :, begin:end].contiguous() for x in (q, k, v)))
+            assert_close(wide(out[:, :, begin:end]), wide(alone), HALF_RELATIVE["bfloat16"])
+
+
 @pytest.mark.parametrize(("keywords", "error", "match"), CASES)
 def test_refusals_are_those_of_the_cpu(keywords, error, match, torch):
     """The same words, wherever the arrays are; what torch cannot hold is not asked."""

@@ -134,6 +134,25 @@ for call in lambda: attend(q, k, v, out=out), lambda: cache.attend(q, new, new, 
 
 
 @BUILT
+def test_long_calls_describe_their_tensors_to_the_copy_engine(fake):
+    """Five maps, six with a second query, where the build has kernels of Hopper; none otherwise."""
+    run("""
+make = lambda heads: Device(np.ones((2, heads, 300, 64), np.float16))
+q, k = make(4), make(2)
+attend(q, k, k)
+attend(q, k, k, window=600, sinks=3, sink_q=q)
+attend(q, k, k, window=100)
+fake = ctypes.CDLL("libcuda.so.1")
+fake.fake_calls.restype = ctypes.c_longlong
+maps = fake.fake_calls(b"cuTensorMapEncodeTiled")
+launches = sinkattn.show_config()["cuda_launches"]
+hopper = launches.get("prefill_hopper_f16_64", 0)
+assert hopper == launches.get("prefill_hopper_f16_featured_64", 0), launches
+assert maps == 11 * hopper and (hopper == 1) == ("sm_90a" in sinkattn.show_config()["cuda"])
+""", fake)
+
+
+@BUILT
 def test_merge_launches_once_and_tables_of_many_parts_go_first(fake):
     """More parts than a call holds references for are kept all the same."""
     run("""

@@ -142,11 +142,13 @@ void launch_kernel(const std::function<void()> &kernel, const sa_cuda_launch &la
 #define SA_KERNELS(_)                                                                                                                      \
     _(decode_f16_64)                                                                                                                       \
     _(decode_f16_128) _(decode_f16_256) _(decode_bf16_64) _(decode_bf16_128) _(decode_bf16_256) _(prefill_f16_64) _(prefill_f16_128)       \
-        _(prefill_f16_256) _(prefill_bf16_64) _(prefill_bf16_128) _(prefill_bf16_256) _(attend_f32_64) _(attend_f32_128) _(attend_f32_256) \
+        _(prefill_f16_256) _(prefill_bf16_64) _(prefill_bf16_128) _(prefill_bf16_256) _(prefill_wide_f16_64) _(prefill_wide_f16_128) _(prefill_wide_bf16_64) _(prefill_wide_bf16_128) _(attend_f32_64) _(attend_f32_128) _(attend_f32_256) \
             _(cache_rotate) _(cache_commit) _(mass) _(mass_f16_64) _(mass_f16_128) _(mass_f16_256) _(mass_bf16_64) _(mass_bf16_128) _(mass_bf16_256)                 \
                 _(mass_hopper_f16_64) _(mass_hopper_f16_128) _(mass_hopper_bf16_64) _(mass_hopper_bf16_128)               \
                     _(decode_mass_f16_64) _(decode_mass_f16_128) _(decode_mass_f16_256) _(decode_mass_bf16_64)                             \
-                        _(decode_mass_bf16_128) _(decode_mass_bf16_256)
+                        _(decode_mass_bf16_128) _(decode_mass_bf16_256) _(prefill_window_f16_64_136) _(prefill_window_f16_64_144)          \
+                            _(prefill_window_f16_128_136) _(prefill_window_f16_128_144) _(prefill_window_bf16_64_136)                      \
+                                _(prefill_window_bf16_64_144) _(prefill_window_bf16_128_136) _(prefill_window_bf16_128_144)
 
 #define SA_BACKWARD_KERNELS(_)                                                                                                             \
     _(backward_rows)                                                                                                                       \

@@ -205,6 +205,13 @@ inline int __ffs(unsigned x)
     return __builtin_ffs((int)x);
 }
 
+inline double __longlong_as_double(long long bits)
+{
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 inline float __uint_as_float(uint32_t bits)
 {
     float x;

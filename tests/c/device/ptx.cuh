@@ -167,7 +167,7 @@ inline uint64_t policy_evict_normal()
     return 0;
 }
 
-inline void copy_async_16(uint32_t target, const void *source, uint64_t)
+inline void copy_async_16(uint32_t target, const void *source, uint64_t = 0)
 {
     must_be_aligned((uint64_t)(uintptr_t)source | target, 16);
     memcpy(shared_memory() + target, source, 16);
