@@ -15,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = ROOT / "tests/c/device"
-KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass", "mass_sm80", "mass_sm90",
+KERNELS = ("decode", "decode_evict", "prefill_sm80", "attend_f32", "cache", "mass", "mass_sm80", "mass_sm90",
            "merge", "backward_rows", "backward_f32", "backward_sm80", "backward_sm90", "kv_append",
            "kv_step", "kv_evict", "kv_weights", "window_sm90")
 NUMBER_TYPES = {"float32": 0, "float16": 1, "float64": 3, "int32": 6, "int64": 7}
@@ -58,7 +58,7 @@ class Problem(ctypes.Structure):
         *_fields(I32, "dtype causal mass_maximum prefetch"), *_fields(POINTER, "scratch counters"),
         *_fields(I64, "partial_offset state_offset lse_offset rotated_offset row_tiles"),
         *_fields(I32, "splits clustered append aligned lean group apart weighs"),
-        ("common_window", I64), *_fields(Tensor, "held_key held_value"), *_fields(I32, "slots spare")]
+        ("common_window", I64), *_fields(Tensor, "held_key held_value"), *_fields(I32, "slots evicts")]
 
 
 class Launch(ctypes.Structure):

@@ -27,7 +27,8 @@ enum {
     BACKWARD_KEYS,
     BACKWARD_QUERIES = BACKWARD_KEYS + 9,
     ONE_PASS = BACKWARD_QUERIES + 9, /* depth 64 and 128 */
-    FINISH = ONE_PASS + 4
+    FINISH = ONE_PASS + 4,
+    DECODE_EVICT = FINISH + 2
 };
 
 const sa_cuda_kernel sa_cuda_kernels[] = {
@@ -109,6 +110,12 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"backward_hopper_bf16_128", "backward_sm90"},
     {"backward_finish_f16", "backward_sm90"},
     {"backward_finish_bf16", "backward_sm90"},
+    {"decode_evict_f16_64", "decode_evict"},
+    {"decode_evict_f16_128", "decode_evict"},
+    {"decode_evict_f16_256", "decode_evict"},
+    {"decode_evict_bf16_64", "decode_evict"},
+    {"decode_evict_bf16_128", "decode_evict"},
+    {"decode_evict_bf16_256", "decode_evict"},
 };
 #define FORM(name, depth, width, rows, keys, stages, query_tiles, featured) \
     {depth, width, rows, keys, featured, SA_HOPPER_SHARED(depth, width, rows, keys, stages, query_tiles, featured)},
@@ -355,7 +362,7 @@ static bool plan_decode(sa_cuda_problem *p, const outline *o, const decode_form 
     if (p->append && !p->slots) {
         plan->counter_count += p->batch;
     }
-    const int kernel = (p->weighs != SA_WEIGHS_NONE ? DECODE_MASS : DECODE) + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
+    const int first = p->evicts ? DECODE_EVICT : p->weighs != SA_WEIGHS_NONE ? DECODE_MASS : DECODE, kernel = first + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
     return push(plan, kernel, units * p->splits, 32 * form->warps, p->clustered ? p->splits : 1, form->shared);
 }
 
@@ -577,6 +584,7 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     } else if (decodes) {
         form = decode_form_of(problem, device, &o);
     }
+    problem->evicts = problem->evicts && problem->weighs != SA_WEIGHS_NONE && problem->lean;
     if (problem->mass != NULL && problem->lse == NULL && problem->weighs == SA_WEIGHS_NONE) {
         problem->lse_offset = reserve(plan, problem->batch * problem->heads_q * problem->query_length * 4);
     }

@@ -62,4 +62,18 @@ typedef struct sa_cuda_slots {
     int32_t interleaved; /* pairs of the rotation */
 } sa_cuda_slots;
 
+/* A step whose attention also lets a token leave (decode_evict.cuh). Arrays as above. */
+typedef struct sa_cuda_eviction {
+    sa_cuda_problem problem;
+    double *mass, *own;
+    int64_t *positions, *held, *lengths, *evicted_at;
+    const int64_t *budgets;
+    sa_ledger *ledgers;
+    sa_departure *log;
+    int64_t stride, log_size, recent;
+    double decay;
+    int32_t kind;
+    int32_t padding;
+} sa_cuda_eviction;
+
 #endif

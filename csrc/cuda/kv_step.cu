@@ -81,7 +81,7 @@ template <int kind> __device__ __forceinline__ constexpr bool keeps_number()
 }
 
 template <int kind>
-__device__ __forceinline__ double score_of(const sa_cuda_slots &c, const step &at, int i, double mass, double own, int64_t position)
+__device__ __forceinline__ double score_of(const sa_cuda_slots &c, const step &at, int i, double mass, double own, int64_t position, double shared)
 {
     if constexpr (kind == h2o) {
         return mass;
@@ -94,7 +94,7 @@ __device__ __forceinline__ double score_of(const sa_cuda_slots &c, const step &a
     } else if constexpr (kind == scissorhands) {
         return bits_set(c, (int64_t)at.stream * c.stride + i);
     } else if constexpr (kind == tova) {
-        return shared_weight(c, at.row, 0, i);
+        return shared;
     } else if constexpr (kind == drawn) {
         return drawn_score(c, at.row, at.head, position);
     }
@@ -151,6 +151,24 @@ template <int kind> __device__ __forceinline__ void load_slots(const step &at, i
     }
 }
 
+/* TOVA: the query's weight, mean over all heads, which hold the same tokens in the same slots; of slots from, from + the CTA's threads, .. */
+__device__ __forceinline__ void share_weights(const sa_cuda_slots &c, const step &at, int from, double (&shared)[at_a_time])
+{
+    const float *weights = c.weights + (int64_t)at.row * c.heads_kv * c.stride;
+#pragma unroll 2
+    for (int head = 0; head < (int)c.heads_kv; head++) {
+#pragma unroll
+        for (int e = 0; e < at_a_time; e++) {
+            const int i = from + e * (int)blockDim.x;
+            shared[e] += i < at.last ? (double)weights[head * c.stride + i] : 0.0;
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < at_a_time; e++) {
+        shared[e] /= (double)c.heads_kv;
+    }
+}
+
 template <int kind>
 __device__ __forceinline__ void pass_slots(const sa_cuda_slots &c, const step &at, double sum, some_slots &some, judged_slot &lowest_yet)
 {
@@ -161,6 +179,10 @@ __device__ __forceinline__ void pass_slots(const sa_cuda_slots &c, const step &a
         for (int e = 0; e < at_a_time; e++) {
             const int i = from + e * (int)blockDim.x;
             weights[e] = at.weights != nullptr && i < at.last ? at.weights[i] : 0.0f;
+        }
+        double shared[at_a_time] = {};
+        if constexpr (kind == tova) {
+            share_weights(c, at, from, shared);
         }
 #pragma unroll
         for (int e = 0; e < at_a_time; e++) {
@@ -178,7 +200,7 @@ __device__ __forceinline__ void pass_slots(const sa_cuda_slots &c, const step &a
                     put_bit(c, (int64_t)at.stream * c.stride + i, (at.now - 1) % c.window, above_share(at, weight));
                 }
                 if (may_leave(c, at, some.position[e])) {
-                    judge(i, score_of<kind>(c, at, i, mass, own, some.position[e]), mass, some.position[e], lowest_yet);
+                    judge(i, score_of<kind>(c, at, i, mass, own, some.position[e], shared[e]), mass, some.position[e], lowest_yet);
                 }
             }
         }
@@ -381,7 +403,7 @@ template <int kind> __device__ __forceinline__ void run_step(const sa_cuda_slots
     pass_slots<kind>(c, at, sum, some, own);
     if (threadIdx.x == 0 && may_leave(c, at, at.now - 1)) {
         const double score = kind == scissorhands ? (double)above_share(at, token.mass)
-                                                  : score_of<kind>(c, at, at.last, token.mass, token.own, at.now - 1);
+                                                  : score_of<kind>(c, at, at.last, token.mass, token.own, at.now - 1, kind == tova ? shared_weight(c, at.row, 0, at.last) : 0.0);
         judge(at.last, score, token.mass, at.now - 1, own);
     }
     int target = at.last;
