@@ -83,6 +83,10 @@ A100 = Facts(80, 108, 166912, 0)
 SMALL = Facts(89, 142, 101376, 0)  # one warp a block where depth is 256
 
 
+def _on_the_host(source):
+    return re.sub(r"extern __shared__ .*char memory\[\];", "char *memory = shared_memory();", source.read_text())
+
+
 def build(folder):
     """Compiles the kernels into a library under `folder`."""
     compiler = shutil.which("g++")
@@ -90,13 +94,11 @@ def build(folder):
                    *ROOT.glob("csrc/core/*.[ch]"), ROOT / "csrc/sinkattn.h"):
         target = folder / source.relative_to(ROOT / "csrc")
         target.parent.mkdir(exist_ok=True)
-        shutil.copy(source, target)
+        target.write_text(_on_the_host(source))
     for source in DEVICE.iterdir():
         shutil.copy(source, folder / "cuda")
     for name in KERNELS:
-        text = (ROOT / f"csrc/cuda/{name}.cu").read_text()
-        text = re.sub(r"extern __shared__ .*char memory\[\];", "char *memory = shared_memory();", text)
-        (folder / f"cuda/{name}.cpp").write_text(text)
+        (folder / f"cuda/{name}.cpp").write_text(_on_the_host(ROOT / f"csrc/cuda/{name}.cu"))
 
     def compile_one(name):
         language = ["-std=gnu11"] if name.endswith(".c") else ["-std=c++17", "-fno-strict-aliasing"]
