@@ -121,6 +121,72 @@ __device__ __forceinline__ departing settle_slots(const sa_cuda_eviction &e, dec
     return lowest_yet;
 }
 
+/* State of a slot, and what a key makes of it. */
+struct slot_state {
+    double mass, own;
+    int64_t position;
+};
+
+/* The slots of slices begin .. end - 1 go forward; returns the lowest score that the thread has met. Little code, as it runs cold: a key at
+ * a time, the next one's state on its way. */
+__device__ __forceinline__ departing settle_rolled(const sa_cuda_eviction &e, decode_shared &s, int slice, int begin, int end, const float *scores,
+                                                   const float *sums)
+{
+    const sa_cuda_problem &p = e.problem;
+    const tile<SA_DECODE_ROWS> &t = s.t;
+    const int stride = SA_DECODE_SCORE_STRIDE(p.group);
+    const float share = 1.0f / (float)p.group;
+    const int64_t first_of_stream = first_slot(e, s), now = s.step.now, recent_from = now - e.recent;
+    const bool evicts = t.at.key_count + 1 > s.step.budget, decays = e.kind == h2o_ema;
+    double *masses = e.mass + first_of_stream, *owns = e.own + first_of_stream;
+    const int64_t *positions = e.positions + first_of_stream;
+    departing lowest_yet = {~(uint64_t)0, INT64_MAX, 0, 0.0};
+#pragma unroll 1
+    for (int i = 0; i < t.list.count; i++) {
+        const run &r = t.list.runs[i];
+        const int first = begin > t.first_slice[i] ? begin : t.first_slice[i], last = end < t.first_slice[i + 1] ? end : t.first_slice[i + 1];
+        if (first >= last || r.kind == run_learned) {
+            continue;
+        }
+        const int64_t low = t.seen[i].low + (int64_t)(first - t.first_slice[i]) * slice;
+        const int count = (int)least(t.seen[i].high - low, (int64_t)(last - first) * slice), base = (int)(r.position + low);
+        const float *kept = scores + (first - begin) * slice * stride;
+        const bool fresh = r.raw;
+        slot_state next = {0.0, 0.0, now - 1};
+        if ((int)threadIdx.x < count && !fresh) {
+            next = {masses[base + threadIdx.x], decays ? owns[base + threadIdx.x] : 0.0, positions[base + threadIdx.x]};
+        }
+#pragma unroll 1
+        for (int key = threadIdx.x; key < count; key += blockDim.x) {
+            slot_state own = next;
+            const int slot = base + key, ahead = slot + (int)blockDim.x;
+            if (key + (int)blockDim.x < count) {
+                next = {masses[ahead], decays ? owns[ahead] : 0.0, positions[ahead]};
+            }
+            const double weight = (double)(share * weigh_key(p, kept + key * stride, sums, 0, t.real));
+            own.mass += weight;
+            if (decays) {
+                own.own = product(e.decay, own.own) + weight;
+            }
+            if (fresh) {
+                s.step.token_mass = own.mass;
+                s.step.token_own = own.own;
+            } else {
+                masses[slot] = own.mass;
+                if (decays) {
+                    owns[slot] = own.own;
+                }
+            }
+            const uint64_t score = ordered(departing_score(e, now - own.position, own.mass, own.own));
+            const bool free = evicts && own.position >= p.pinned && own.position < recent_from;
+            if (free && (score < lowest_yet.score || (score == lowest_yet.score && own.position < lowest_yet.position))) {
+                lowest_yet = {score, own.position, slot, own.mass};
+            }
+        }
+    }
+    return lowest_yet;
+}
+
 /* The lane that has the lowest of a warp. */
 __device__ __forceinline__ int lowest_lane(uint64_t score, int64_t position)
 {
