@@ -340,84 +340,37 @@ __device__ __forceinline__ void append_step(const sa_cuda_problem &p, const deco
     }
 }
 
-template <typename T, int row_limit>
-__device__ __forceinline__ void finish_cluster_met(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part, int rank)
-{
-    static_assert(SA_DECODE_CLUSTER == 8, "eight lanes");
-    const int splits = p.splits, width = (int)p.depth_v, pairs = (width + 1) / 2, outputs = t.real * pairs,
-              each = (outputs + splits - 1) / splits;
-    const int end = (rank + 1) * each < outputs ? (rank + 1) * each : outputs, split = threadIdx.x % 8;
-#pragma unroll 1
-    for (int first = rank * each + threadIdx.x / 32 * 4; first < end; first += blockDim.x / 8) {
-        const int i = first + threadIdx.x % 32 / 8, row = i / pairs, d = i % pairs * 2;
-        float2 state = {-infinity, 0.0f}, values = {0.0f, 0.0f};
-        if (i < end && split < splits) {
-            state = cluster_load_pair(cluster_address(shared_address(part.states + 2 * row), split));
-            values = cluster_load_pair(cluster_address(shared_address(part.values + row * part.stride + d), split));
-        }
-        float maximum = state.x;
-        for (int step = 1; step < 8; step *= 2) {
-            maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
-        }
-        const float factor = factor_to(state.x, maximum);
-        state.y *= factor;
-        values = {values.x * factor, values.y * factor};
-#pragma unroll 1
-        for (int step = 1; step < 8; step *= 2) {
-            state.y += __shfl_xor_sync(~0u, state.y, step);
-            values.x += __shfl_xor_sync(~0u, values.x, step);
-            values.y += __shfl_xor_sync(~0u, values.y, step);
-        }
-        if (i < end && split == 0) {
-            const softmax_end end_of_row = close(maximum, state.y, t.sink[row]);
-            store_output<T>(p, t, row, d, values.x * end_of_row.factor);
-            if (d + 1 < width) {
-                store_output<T>(p, t, row, d + 1, values.y * end_of_row.factor);
-            }
-            if (d == 0) {
-                store_lse(p, t, row, end_of_row.lse);
-            }
-        }
-    }
-}
-
-template <typename T> constexpr bool late_end = false;
-template <> constexpr bool late_end<bf16> = true;
-
-/* The same in a cluster: the output is written while the lowest scores are on their way. */
+/* The end of a step that lets a token leave: instead of the mass, what a policy makes of it. In a cluster the output is written while the
+ * lowest scores are on their way. */
 template <typename T, int depth>
-__device__ __forceinline__ void finish_late(const sa_cuda_eviction &e, const decode_memory &m, const partial &part, int split, int begin, int end)
+__device__ __forceinline__ void finish_step(const sa_cuda_eviction &e, const decode_memory &m, const partial &part, int split, int begin, int end)
 {
+    const sa_cuda_problem &p = e.problem;
     float *sums = m.s.sums[threadIdx.x / 32];
-    departing *found = (departing *)m.rings;
-    cluster_arrive();
-    cluster_wait();
-    sums_of_cluster(e.problem, m.s.t, part, sums);
-    send_lowest(e.problem, split, settle_rolled(e, m.s, shape<depth>::slice, begin, end, m.scores, sums), found);
-    cluster_arrive();
-    finish_cluster_met<T>(e.problem, m.s.t, part, split);
-    cluster_wait();
-    cluster_arrive_relaxed(); /* nobody leaves while others read */
-    if (split == 0 && m.s.t.at.query_count > 0) {
-        evict_lowest(e, m.s, found);
-    }
-    cluster_wait();
-}
-
-/* The end of a step that lets a token leave: instead of the mass, what a policy makes of it. Rings and their barriers are behind us. */
-template <int depth>
-__device__ __forceinline__ void finish_step(const sa_cuda_eviction &e, const decode_memory &m, int split, int begin, int end, const float *sums)
-{
-    departing *found = (departing *)m.rings;
-    send_lowest(e.problem, split, settle_slots(e, m.s, shape<depth>::slice, begin, end, m.scores, sums), found);
-    if (e.problem.clustered) {
+    departing *found = (departing *)m.rings; /* nobody reads them any more */
+    if (p.clustered) {
         cluster_arrive();
         cluster_wait();
+        sums_of_cluster(p, m.s.t, part, sums);
     } else {
+        __syncthreads();
+        sums_alone(m.s.t, part, sums);
+    }
+    send_lowest(p, split, settle_slots(e, m.s, shape<depth>::slice, begin, end, m.scores, sums), found);
+    if (p.clustered) {
+        cluster_arrive();
+        finish_cluster<T, true>(p, m.s.t, part, split);
+        cluster_wait();
+        cluster_arrive_relaxed(); /* nobody leaves while others read */
+    } else {
+        finish_alone<T>(p, m.s.t, part);
         __syncthreads();
     }
     if (split == 0 && m.s.t.at.query_count > 0) {
         evict_lowest(e, m.s, found);
+    }
+    if (p.clustered) {
+        cluster_wait();
     }
 }
 
@@ -431,18 +384,14 @@ __device__ __forceinline__ void finish(const sa_cuda_problem &p, const sa_cuda_e
     if (split == 0 && m.s.t.real < m.s.t.rows) {
         pad_rows<T>(p, m.s.t);
     }
-    if (late_end<T> && e != nullptr && p.clustered) {
-        finish_late<T, depth>(*e, m, part, split, begin, end);
+    if (e != nullptr) {
+        finish_step<T, depth>(*e, m, part, split, begin, end);
         return;
     }
     if (p.clustered) {
         finish_cluster<T>(p, m.s.t, part, split);
         if constexpr (weighs) {
             sums_of_cluster(p, m.s.t, part, sums);
-        }
-        if (e != nullptr) {
-            finish_step<depth>(*e, m, split, begin, end, sums);
-            return;
         }
         cluster_arrive_relaxed(); /* nobody leaves while others read */
         if constexpr (weighs) {
@@ -455,10 +404,6 @@ __device__ __forceinline__ void finish(const sa_cuda_problem &p, const sa_cuda_e
     if constexpr (weighs) {
         finish_alone<T>(p, m.s.t, part);
         sums_alone(m.s.t, part, sums);
-        if (e != nullptr) {
-            finish_step<depth>(*e, m, split, begin, end, sums);
-            return;
-        }
         weigh_slices(p, m.s.t, shape<depth>::slice, begin, end, m.scores, sums);
     } else if (p.splits > 1) {
         finish_scratch<T>(p, m.s.t, part, unit, split, m.rings);

@@ -13,8 +13,6 @@
 namespace sa
 {
 
-constexpr int judged_at_a_time = 4;
-
 /* The lowest of a warp as it travels: 32 bytes. */
 struct alignas(16) departing {
     uint64_t score;
@@ -54,74 +52,7 @@ __device__ __forceinline__ double departing_score(const sa_cuda_eviction &e, int
     return e.kind == h2o ? mass : e.kind == h2o_norm ? mass / (double)age : e.kind == h2o_ema ? own : 0.0; /* SinkWindow: ties go to the newer */
 }
 
-/* The slots of slices begin .. end - 1 go forward; returns the lowest score that the thread has met. */
-__device__ __forceinline__ departing settle_slots(const sa_cuda_eviction &e, decode_shared &s, int slice, int begin, int end, const float *scores,
-                                                  const float *sums)
-{
-    const sa_cuda_problem &p = e.problem;
-    const tile<SA_DECODE_ROWS> &t = s.t;
-    const int stride = SA_DECODE_SCORE_STRIDE(p.group);
-    const float share = 1.0f / (float)p.group;
-    const int64_t first_of_stream = first_slot(e, s), now = s.step.now, recent_from = now - e.recent;
-    const bool evicts = t.at.key_count + 1 > s.step.budget, decays = e.kind == h2o_ema;
-    double *masses = e.mass + first_of_stream, *owns = e.own + first_of_stream;
-    const int64_t *positions = e.positions + first_of_stream;
-    departing lowest_yet = {~(uint64_t)0, INT64_MAX, 0, 0.0};
-#pragma unroll 1
-    for (int i = 0; i < t.list.count; i++) {
-        const run &r = t.list.runs[i];
-        const int first = begin > t.first_slice[i] ? begin : t.first_slice[i], last = end < t.first_slice[i + 1] ? end : t.first_slice[i + 1];
-        if (first >= last || r.kind == run_learned) {
-            continue;
-        }
-        const int64_t low = t.seen[i].low + (int64_t)(first - t.first_slice[i]) * slice;
-        const int count = (int)least(t.seen[i].high - low, (int64_t)(last - first) * slice), base = (int)(r.position + low);
-        const float *kept = scores + (first - begin) * slice * stride;
-#pragma unroll 1
-        for (int from = threadIdx.x; from < count; from += judged_at_a_time * (int)blockDim.x) {
-            double mass[judged_at_a_time], own[judged_at_a_time];
-            int64_t position[judged_at_a_time];
-#pragma unroll
-            for (int n = 0; n < judged_at_a_time; n++) {
-                const int key = from + n * (int)blockDim.x;
-                mass[n] = own[n] = 0.0;
-                position[n] = now - 1;
-                if (key < count && !r.raw) {
-                    mass[n] = masses[base + key];
-                    position[n] = positions[base + key];
-                    own[n] = decays ? owns[base + key] : 0.0;
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < judged_at_a_time; n++) {
-                const int key = from + n * (int)blockDim.x;
-                if (key >= count) {
-                    break;
-                }
-                const double weight = (double)(share * weigh_key(p, kept + key * stride, sums, 0, t.real));
-                mass[n] += weight;
-                own[n] = decays ? product(e.decay, own[n]) + weight : own[n];
-                if (r.raw) {
-                    s.step.token_mass = mass[n];
-                    s.step.token_own = own[n];
-                } else {
-                    masses[base + key] = mass[n];
-                    if (decays) {
-                        owns[base + key] = own[n];
-                    }
-                }
-                const uint64_t score = ordered(departing_score(e, now - position[n], mass[n], own[n]));
-                const bool free = evicts && position[n] >= p.pinned && position[n] < recent_from;
-                if (free && (score < lowest_yet.score || (score == lowest_yet.score && position[n] < lowest_yet.position))) {
-                    lowest_yet = {score, position[n], base + key, mass[n]};
-                }
-            }
-        }
-    }
-    return lowest_yet;
-}
-
-/* State of a slot, and what a key makes of it. */
+/* What is known of a slot. */
 struct slot_state {
     double mass, own;
     int64_t position;
@@ -129,7 +60,7 @@ struct slot_state {
 
 /* The slots of slices begin .. end - 1 go forward; returns the lowest score that the thread has met. Little code, as it runs cold: a key at
  * a time, the next one's state on its way. */
-__device__ __forceinline__ departing settle_rolled(const sa_cuda_eviction &e, decode_shared &s, int slice, int begin, int end, const float *scores,
+__device__ __forceinline__ departing settle_slots(const sa_cuda_eviction &e, decode_shared &s, int slice, int begin, int end, const float *scores,
                                                    const float *sums)
 {
     const sa_cuda_problem &p = e.problem;

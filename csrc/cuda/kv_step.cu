@@ -6,8 +6,14 @@
  * where the token was that leaves; what is known of it is written there alone. Every result is the same each time.
  * A kernel for each policy: code that runs once and cold is what such a kernel waits for.
  * bytes = slots * (4 + 24 to 40), read once, mass and the policy's number written once.
- * H200, 2026-11-25, bf16, 32/8 heads, D 128, graph replay of 12 caches in turn: a step with H2O beside one of SinkCache, us
- *   one kernel for all   B 1, 1024 slots 17.0 / 8.6   B 1, 4096 slots 23.8 / 12.7   B 8, 1024 slots 27.2 / 16.3   B 8, 4096 slots 56.4 / 40.3 */
+ * H200, 2026-11-25, bf16, 32/8 heads, D 128, graph replay of 12 caches in turn, us, a step with attention and append, beside one of SinkCache:
+ *                     B 1, 1024 slots   B 1, 4096     B 8, 1024     B 8, 4096
+ *   one kernel for all        17.0 / 8.6   23.8 / 12.7   27.2 / 16.3   56.4 / 40.3   H2O
+ *   one for each policy       14.2 / 8.3   19.7 / 12.5   23.7 / 16.3   51.2 / 39.9   H2O
+ *                             20.6         26.2          32.7          58.4          TOVA
+ *                             11.4 / 8.4   15.8 / 12.8   20.2 / 16.3   44.5 / 39.5   SinkWindow without mass
+ *   in the attention (decode_evict.cuh), where that serves: see there
+ * Tried and lost: TOVA's mean over heads with the loads of eight slots at a time (27.3, 33.6, 38.2, 65.9): it spills. */
 #include "kv_slots.cuh"
 
 namespace sa
@@ -81,7 +87,7 @@ template <int kind> __device__ __forceinline__ constexpr bool keeps_number()
 }
 
 template <int kind>
-__device__ __forceinline__ double score_of(const sa_cuda_slots &c, const step &at, int i, double mass, double own, int64_t position, double shared)
+__device__ __forceinline__ double score_of(const sa_cuda_slots &c, const step &at, int i, double mass, double own, int64_t position)
 {
     if constexpr (kind == h2o) {
         return mass;
@@ -94,7 +100,7 @@ __device__ __forceinline__ double score_of(const sa_cuda_slots &c, const step &a
     } else if constexpr (kind == scissorhands) {
         return bits_set(c, (int64_t)at.stream * c.stride + i);
     } else if constexpr (kind == tova) {
-        return shared;
+        return shared_weight(c, at.row, 0, i);
     } else if constexpr (kind == drawn) {
         return drawn_score(c, at.row, at.head, position);
     }
@@ -151,24 +157,6 @@ template <int kind> __device__ __forceinline__ void load_slots(const step &at, i
     }
 }
 
-/* TOVA: the query's weight, mean over all heads, which hold the same tokens in the same slots; of slots from, from + the CTA's threads, .. */
-__device__ __forceinline__ void share_weights(const sa_cuda_slots &c, const step &at, int from, double (&shared)[at_a_time])
-{
-    const float *weights = c.weights + (int64_t)at.row * c.heads_kv * c.stride;
-#pragma unroll 2
-    for (int head = 0; head < (int)c.heads_kv; head++) {
-#pragma unroll
-        for (int e = 0; e < at_a_time; e++) {
-            const int i = from + e * (int)blockDim.x;
-            shared[e] += i < at.last ? (double)weights[head * c.stride + i] : 0.0;
-        }
-    }
-#pragma unroll
-    for (int e = 0; e < at_a_time; e++) {
-        shared[e] /= (double)c.heads_kv;
-    }
-}
-
 template <int kind>
 __device__ __forceinline__ void pass_slots(const sa_cuda_slots &c, const step &at, double sum, some_slots &some, judged_slot &lowest_yet)
 {
@@ -179,10 +167,6 @@ __device__ __forceinline__ void pass_slots(const sa_cuda_slots &c, const step &a
         for (int e = 0; e < at_a_time; e++) {
             const int i = from + e * (int)blockDim.x;
             weights[e] = at.weights != nullptr && i < at.last ? at.weights[i] : 0.0f;
-        }
-        double shared[at_a_time] = {};
-        if constexpr (kind == tova) {
-            share_weights(c, at, from, shared);
         }
 #pragma unroll
         for (int e = 0; e < at_a_time; e++) {
@@ -200,7 +184,7 @@ __device__ __forceinline__ void pass_slots(const sa_cuda_slots &c, const step &a
                     put_bit(c, (int64_t)at.stream * c.stride + i, (at.now - 1) % c.window, above_share(at, weight));
                 }
                 if (may_leave(c, at, some.position[e])) {
-                    judge(i, score_of<kind>(c, at, i, mass, own, some.position[e], shared[e]), mass, some.position[e], lowest_yet);
+                    judge(i, score_of<kind>(c, at, i, mass, own, some.position[e]), mass, some.position[e], lowest_yet);
                 }
             }
         }
@@ -403,7 +387,7 @@ template <int kind> __device__ __forceinline__ void run_step(const sa_cuda_slots
     pass_slots<kind>(c, at, sum, some, own);
     if (threadIdx.x == 0 && may_leave(c, at, at.now - 1)) {
         const double score = kind == scissorhands ? (double)above_share(at, token.mass)
-                                                  : score_of<kind>(c, at, at.last, token.mass, token.own, at.now - 1, kind == tova ? shared_weight(c, at.row, 0, at.last) : 0.0);
+                                                  : score_of<kind>(c, at, at.last, token.mass, token.own, at.now - 1);
         judge(at.last, score, token.mass, at.now - 1, own);
     }
     int target = at.last;

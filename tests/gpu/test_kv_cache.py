@@ -114,7 +114,7 @@ def test_a_step_in_one_launch_is_one_in_three(policy, budget, batch, torch):
         new = chunk(torch, batch=batch, heads=heads, depth=128, seed=step + 1)
         out, lse = cache.attend(*new, return_lse=True)
         expected, sums, _ = other.attend(*new, return_lse=True, return_mass=True)
-        assert torch.allclose(out.float(), expected.float(), atol=2e-3) and torch.allclose(lse, sums, atol=1e-5)
+        assert torch.allclose(out.float(), expected.float(), atol=1e-2) and torch.allclose(lse, sums, atol=1e-5)
     assert launches() == before + 20
     assert positions(cache) == positions(other)
     for a, b in zip(cache.ledger.heads[-1], other.ledger.heads[-1]):
