@@ -362,7 +362,8 @@ static bool plan_decode(sa_cuda_problem *p, const outline *o, const decode_form 
     if (p->append && !p->slots) {
         plan->counter_count += p->batch;
     }
-    const int first = p->evicts ? DECODE_EVICT : p->weighs != SA_WEIGHS_NONE ? DECODE_MASS : DECODE, kernel = first + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
+    const int first = p->evicts ? DECODE_EVICT : p->weighs != SA_WEIGHS_NONE ? DECODE_MASS : DECODE;
+    const int kernel = first + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
     return push(plan, kernel, units * p->splits, 32 * form->warps, p->clustered ? p->splits : 1, form->shared);
 }
 

@@ -376,8 +376,8 @@ __device__ __forceinline__ void finish_step(const sa_cuda_eviction &e, const dec
 
 /* States of warps, then of splits, become the result; then the keys of the split are weighed. */
 template <typename T, int depth, bool weighs>
-__device__ __forceinline__ void finish(const sa_cuda_problem &p, const sa_cuda_eviction *e, const decode_memory &m, uint32_t unit, int split, int begin, int end,
-                                       warp_state<depth> &state)
+__device__ __forceinline__ void finish(const sa_cuda_problem &p, const sa_cuda_eviction *e, const decode_memory &m, uint32_t unit, int split,
+                                       int begin, int end, warp_state<depth> &state)
 {
     float *sums = m.s.sums[threadIdx.x / 32];
     const partial part = merge_warps<depth>(m.s, state, m.rings, (float *)m.queries);

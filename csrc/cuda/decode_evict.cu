@@ -9,6 +9,7 @@
  *   H2ONorm             11.6           15.2        20.1        49.9
  *   SinkWindow          10.9           14.9        20.0        49.1      with the mass of what leaves; without, kv_step.cu: 11.4 15.8 20.2 44.5
  *   H2O, two kernels    14.2           19.7        23.7        51.2      in another run, beside 8.3 12.5 16.3 39.9
+ * These are of the form that stands, but that a CTA without a cluster now writes its output last as well, which is not timed.
  * v1, the output before the sums are taken and four slots a thread at a time: 11.4, 15.0, 19.7, 49.4 in fp16, same run, beside 8.8 12.5 16.5
  * 39.6. At B 8, 4096 the scores take the room of rings: what mass costs there is bandwidth. */
 #include "decode.cuh"

@@ -123,7 +123,8 @@ __device__ __forceinline__ int lowest_lane(uint64_t score, int64_t position)
 {
     const uint32_t high = least_of_warp((uint32_t)(score >> 32)), low = least_of_warp((uint32_t)(score >> 32) == high ? (uint32_t)score : ~0u);
     const bool mine = score == ((uint64_t)high << 32 | low);
-    const uint32_t upper = least_of_warp(mine ? (uint32_t)(position >> 32) : ~0u), lower = least_of_warp(mine && (uint32_t)(position >> 32) == upper ? (uint32_t)position : ~0u);
+    const uint32_t above = mine ? (uint32_t)(position >> 32) : ~0u, upper = least_of_warp(above);
+    const uint32_t lower = least_of_warp(above == upper ? (uint32_t)position : ~0u);
     return __ffs((int)__ballot_sync(~0u, mine && (uint64_t)position == ((uint64_t)upper << 32 | lower))) - 1;
 }
 

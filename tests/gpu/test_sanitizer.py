@@ -123,7 +123,8 @@ def test_no_report_but_the_planted_one(tool, torch):
     assert not reports, "\n".join(reports[:30])
     ran = re.search(r"^RAN (.*)$", clean, re.M)[1].split()
     for family in ("decode", "prefill", "attend_f32", "mass", "cache_rotate", "cache_commit", "stage", "merge",
-                   "backward_rows", "backward_numbers", "backward_keys", "backward_queries", "decode_evict", "kv_append", "kv_step", "kv_evict", "kv_mass", "kv_weights"):
+                   "backward_rows", "backward_numbers", "backward_keys", "backward_queries", "decode_evict",
+                   "kv_append", "kv_step", "kv_evict", "kv_mass", "kv_weights"):
         assert any(name.startswith(family) for name in ran), f"{family} did not run: {ran}"
     summary = re.search(r"(ERROR|RACECHECK) SUMMARY: (\d+)", planted)
     assert summary and int(summary[2]) > 0, planted[-2000:]
