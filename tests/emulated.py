@@ -108,7 +108,7 @@ def build(folder):
         return f"{name}.o"
 
     shutil.copy(ROOT / "tests/gpu/fake_cuda.c", folder / "cuda")
-    kernels = ["choose.c", "device.cpp", *(f"{name}.cpp" for name in KERNELS)]
+    kernels = ["choose.c", "choose_prefill.c", "choose_backward.c", "device.cpp", *(f"{name}.cpp" for name in KERNELS)]
     names = ["merge.c", "work.c", "../core/status.c", "calls.cpp", "fake_cuda.c", "driver.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = dict(zip((*kernels, *names), pool.map(compile_one, (*kernels, *names))))

@@ -1,35 +1,6 @@
-#include "choose.h"
+#include "choose_parts.h"
 
 #include <math.h>
-#include <stdbool.h>
-
-#include "../core/integers.h"
-
-#define COUNT(...) +1
-
-/* Order: f16 and bf16 by depth for decode, then prefill, then the rest. */
-enum {
-    FORMS = SA_HOPPER_FORMS(COUNT),
-    DECODE = 0,
-    PREFILL = DECODE + 6,
-    WIDE = PREFILL + 6, /* depth 64 and 128 */
-    HOPPER = WIDE + 4,
-    WINDOW = HOPPER + 2 * FORMS, /* depth 64 and 128, each with fewer keys and with more */
-    ATTEND_F32 = WINDOW + 8,
-    ROTATE = ATTEND_F32 + 3,
-    COMMIT,
-    MASS,
-    MASS_HALF,
-    MASS_HOPPER = MASS_HALF + 6, /* depth 64 and 128 */
-    DECODE_MASS = MASS_HOPPER + 4,
-    BACKWARD_ROWS = DECODE_MASS + 6,
-    BACKWARD_NUMBERS,
-    BACKWARD_KEYS,
-    BACKWARD_QUERIES = BACKWARD_KEYS + 9,
-    ONE_PASS = BACKWARD_QUERIES + 9, /* depth 64 and 128 */
-    FINISH = ONE_PASS + 4,
-    DECODE_EVICT = FINISH + 2
-};
 
 const sa_cuda_kernel sa_cuda_kernels[] = {
     {"decode_f16_64", "decode"},
@@ -123,16 +94,7 @@ const sa_cuda_form sa_cuda_forms[] = {SA_HOPPER_FORMS(FORM)};
 
 const int sa_cuda_kernel_count = sizeof sa_cuda_kernels / sizeof sa_cuda_kernels[0];
 
-/* What a launch needs to know of a problem. */
-typedef struct outline {
-    int64_t group, rows; /* rows: batch rows or packed sequences */
-    int64_t keys;        /* keys that a query may see, at most */
-    int bucket;          /* 0, 1, 2 for depths up to 64, 128, 256 */
-    int64_t depth;       /* of the bucket */
-    int64_t key_bytes;   /* of a key and its value */
-} outline;
-
-static outline outline_of(const sa_cuda_problem *p)
+outline sa_cuda_outline_of(const sa_cuda_problem *p)
 {
     outline o = {.group = p->heads_q / p->heads_kv, .rows = p->sequences > 0 ? p->sequences : p->batch};
     const int64_t depth = max_i64(p->depth, p->depth_v);
@@ -149,17 +111,6 @@ static outline outline_of(const sa_cuda_problem *p)
         o.keys += p->kv_length;
     }
     return o;
-}
-
-/* Row tiles of one kv head. Packed sequences are tiled one by one, so each may leave one tile unfilled. */
-static int64_t tiles_of(const sa_cuda_problem *p, const outline *o, int64_t tile)
-{
-    return p->sequences > 0 ? ceil_div(p->query_length * o->group, tile) + p->sequences : ceil_div(p->query_length * o->group, tile);
-}
-
-static int64_t units_of(const sa_cuda_problem *p, const outline *o, int64_t tile)
-{
-    return tiles_of(p, o, tile) * p->heads_kv * (p->sequences > 0 ? 1 : p->batch);
 }
 
 /* One way to run a kernel: CTAs at a time, and what splits cost. */
@@ -204,25 +155,6 @@ static int64_t splits_of(const layout *l, int64_t units, int64_t keys, int64_t k
         }
     }
     return best;
-}
-
-static bool push(sa_cuda_plan *plan, int kernel, int64_t grid, int64_t block, int64_t cluster, int64_t shared)
-{
-    if (grid > INT32_MAX) {
-        return false;
-    }
-    if (grid > 0) {
-        plan->launches[plan->launch_count++] =
-            (sa_cuda_launch){kernel, (uint32_t)grid, (uint32_t)block, (uint32_t)cluster, (uint32_t)shared, 0};
-    }
-    return true;
-}
-
-static int64_t reserve(sa_cuda_plan *plan, int64_t bytes)
-{
-    const int64_t offset = plan->scratch_bytes;
-    plan->scratch_bytes += round_up(bytes, 256);
-    return offset;
 }
 
 static void reserve_partials(sa_cuda_problem *p, sa_cuda_plan *plan, int64_t units, int64_t tile)
@@ -378,111 +310,6 @@ static bool plan_f32(sa_cuda_problem *p, const sa_cuda_device *device, const out
     return push(plan, ATTEND_F32 + o->bucket, units * p->splits, 32 * SA_F32_WARPS, 1, SA_F32_SHARED(o->depth));
 }
 
-static bool tensor_in_pieces(const sa_cuda_tensor *tensor, int64_t depth, int64_t size)
-{
-    const int64_t strides = tensor->batch | tensor->head | tensor->token;
-    return tensor->data == NULL || (((uintptr_t)tensor->data | (uintptr_t)(strides * size) | (uintptr_t)(depth * size)) & 15) == 0;
-}
-
-/* Is a score scaled and hidden, and nothing else? */
-static bool scales_alone(const sa_cuda_problem *p)
-{
-    return !(p->softcap > 0.0f) && !p->sink_bias.given && !p->alibi_slopes.given;
-}
-
-static bool is_plain(const sa_cuda_problem *p)
-{
-    return scales_alone(p) && p->sink_query.data == NULL;
-}
-
-/* Can the copy engine of Hopper walk a tensor? Axes of more than one element go forwards. */
-static bool is_walked(const sa_cuda_tensor *tensor, int64_t batch, int64_t heads, int64_t tokens)
-{
-    const int64_t stride[3] = {tensor->batch, tensor->head, tensor->token}, count[3] = {batch, heads, tokens};
-    for (int i = 0; i < 3; i++) {
-        if (count[i] > INT32_MAX || (count[i] > 1 && (stride[i] <= 0 || stride[i] >= 1LL << 38))) {
-            return false;
-        }
-    }
-    return true;
-}
-
-/* The form of the Hopper kernel that serves a call, -1 for none: narrow windows and caches are left to other kernels. The forms that only
- * scale and hide compare dot products before they are scaled. */
-static int form_of(const sa_cuda_problem *p, const sa_cuda_device *device)
-{
-    const bool other = p->cache.keys != NULL || p->slots || p->learned > 0 || p->kv_length == 0 || p->kv_length >= 1 << 29 ||
-                       p->group > SA_HOPPER_HEADS || (p->sink_bias.given && p->pinned > SA_HOPPER_FEW);
-    const bool walked = p->aligned && tensor_in_pieces(&p->query, p->depth, 2) && tensor_in_pieces(&p->output, p->depth_v, 2) &&
-                        is_walked(&p->query, p->batch, p->heads_q, p->query_length) &&
-                        is_walked(&p->key, p->batch, p->heads_kv, p->kv_length) && is_walked(&p->value, p->batch, p->heads_kv, p->kv_length) &&
-                        (p->sink_query.data == NULL || (tensor_in_pieces(&p->sink_query, p->depth, 2) &&
-                                                        is_walked(&p->sink_query, p->batch, p->heads_q, p->query_length)));
-    const bool featured = !is_plain(p) || !(p->scale > 0.0f);
-    for (int i = 0; device->wgmma && !other && walked && i < FORMS; i++) {
-        const sa_cuda_form *form = &sa_cuda_forms[i];
-        if (form->featured == featured && p->depth <= form->depth && p->depth_v <= form->width) {
-            return i;
-        }
-    }
-    return -1;
-}
-
-/* Does the kernel of narrow windows serve a call? All that a tile of rows sees has to fit into registers. */
-static bool suits_window(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *o)
-{
-    const bool other = p->cache.keys != NULL || p->slots || p->learned > 0 || !p->causal;
-    const bool fits = o->group <= SA_WINDOW_HEADS && p->pinned <= SA_WINDOW_PINNED && p->common_window > 0 &&
-                      p->common_window <= SA_WINDOW_KEYS - SA_WINDOW_SPAN(o->group) + 1 && p->query_length * o->group <= INT32_MAX - 64;
-    const bool biased = !p->sink_bias.given || o->group * p->pinned <= SA_WINDOW_BIASES;
-    return device->wgmma && o->bucket < 2 && !other && fits && biased && p->aligned && p->scale > 0.0f &&
-           tensor_in_pieces(&p->query, p->depth, 2) && tensor_in_pieces(&p->sink_query, p->depth, 2) &&
-           tensor_in_pieces(&p->output, p->depth_v, 2);
-}
-
-static bool plan_window(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
-{
-    const int64_t units = units_of(p, o, 64);
-    const int more = p->common_window > SA_WINDOW_FEWER_KEYS - SA_WINDOW_SPAN(o->group) + 1;
-    const int kernel = WINDOW + (p->dtype == SA_CUDA_BF16 ? 4 : 0) + 2 * o->bucket + more;
-    p->splits = 1;
-    p->row_tiles = tiles_of(p, o, 64);
-    return units <= INT32_MAX &&
-           push(plan, kernel, min_i64(units, device->multiprocessors), SA_WINDOW_THREADS, 1, SA_WINDOW_SHARED(o->depth));
-}
-
-/* Tiles of 128 rows, which the same kernel has for calls that do to a score nothing but scale and hide it: a tenth faster for rows that see
- * much, a fifth slower for those that see little, and where there are few tiles for all. */
-static bool suits_wide(const sa_cuda_problem *p, const sa_cuda_device *device, const outline *o)
-{
-    const bool changed = p->softcap > 0.0f || p->sink_bias.given || p->alibi_slopes.given;
-    return o->bucket < 2 && !changed && p->scale > 0.0f && o->keys >= 1024 &&
-           units_of(p, o, SA_PREFILL_WIDE_ROWS) >= 8 * (int64_t)device->multiprocessors;
-}
-
-static bool plan_prefill(sa_cuda_problem *p, const sa_cuda_device *device, const outline *o, sa_cuda_plan *plan)
-{
-    const bool bf16 = p->dtype == SA_CUDA_BF16;
-    if (suits_window(p, device, o)) {
-        return plan_window(p, device, o, plan);
-    }
-    plan->form = form_of(p, device);
-    p->splits = 1;
-    if (plan->form >= 0) {
-        const sa_cuda_form *form = &sa_cuda_forms[plan->form];
-        const int64_t rows = form->rows / p->group * p->group, units = units_of(p, o, rows);
-        p->row_tiles = tiles_of(p, o, rows);
-        return units <= INT32_MAX && push(plan, HOPPER + (bf16 ? FORMS : 0) + plan->form, min_i64(units, device->multiprocessors),
-                                          SA_HOPPER_THREADS(form->rows), 1, form->shared);
-    }
-    const bool wide = suits_wide(p, device, o);
-    const int64_t rows = wide ? SA_PREFILL_WIDE_ROWS : SA_PREFILL_ROWS;
-    const int kernel = wide ? WIDE + (bf16 ? 2 : 0) : PREFILL + (bf16 ? 3 : 0);
-    p->row_tiles = tiles_of(p, o, rows);
-    return push(plan, kernel + o->bucket, units_of(p, o, rows), 32 * SA_PREFILL_WARPS, 1,
-                SA_PREFILL_SHARED(o->depth, rows, wide ? SA_PREFILL_WIDE_KEYS(o->depth) : SA_PREFILL_KEYS));
-}
-
 /* A chunk is turned beforehand unless the decode kernel turns it on its way in. */
 static bool plan_rotate(sa_cuda_problem *p, sa_cuda_plan *plan)
 {
@@ -531,7 +358,7 @@ static bool prefers_decode(const sa_cuda_problem *p, const outline *o)
     return p->query_length <= 16 || p->query_length * o->group <= 64;
 }
 
-static bool reads_pieces(const sa_cuda_problem *p)
+bool sa_cuda_reads_pieces(const sa_cuda_problem *p)
 {
     const int64_t size = p->dtype == SA_CUDA_F32 ? 4 : 2;
     return tensor_in_pieces(p->slots ? &p->held_key : &p->key, p->depth, size) &&
@@ -544,7 +371,7 @@ static void summarise(sa_cuda_problem *p)
 {
     const int64_t slots = p->pinned + p->cache.capacity;
     const bool cached = p->cache.keys != NULL;
-    p->aligned = reads_pieces(p);
+    p->aligned = sa_cuda_reads_pieces(p);
     p->group = (int32_t)(p->heads_q / p->heads_kv);
     p->apart = cached || p->window.given || p->sink_query.data != NULL || p->sink_bias.given;
     p->common_window = cached ? min_i64(p->cache.window, SA_CUDA_NO_WINDOW) : SA_CUDA_NO_WINDOW;
@@ -561,7 +388,7 @@ static void summarise(sa_cuda_problem *p)
     p->lean = p->query_length == 1 && p->sequences == 0 && p->common_window > 0 && p->dtype != SA_CUDA_F32;
 }
 
-static void begin(sa_cuda_problem *problem, sa_cuda_plan *plan)
+void sa_cuda_begin_plan(sa_cuda_problem *problem, sa_cuda_plan *plan)
 {
     *plan = (sa_cuda_plan){.path = "none", .form = -1};
     problem->splits = 1;
@@ -573,11 +400,11 @@ static void begin(sa_cuda_problem *problem, sa_cuda_plan *plan)
 
 int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan)
 {
-    begin(problem, plan);
+    sa_cuda_begin_plan(problem, plan);
     if (problem->batch == 0 || problem->query_length == 0) {
         return 0;
     }
-    const outline o = outline_of(problem);
+    const outline o = sa_cuda_outline_of(problem);
     decode_form form;
     const bool decodes = problem->dtype != SA_CUDA_F32 && prefers_decode(problem, &o);
     if (decodes && weighing_form_of(problem, device, &o, &form)) {
@@ -596,7 +423,7 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     } else if (decodes) {
         fits = fits && plan_decode(problem, &o, &form, plan);
     } else {
-        fits = fits && plan_prefill(problem, device, &o, plan);
+        fits = fits && sa_cuda_plan_prefill(problem, device, &o, plan);
     }
     fits = fits && plan_mass(problem, device, plan);
     if (problem->cache.keys != NULL && !problem->append) {
@@ -614,7 +441,7 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
 
 int sa_cuda_choose_mass(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cuda_plan *plan)
 {
-    begin(problem, plan);
+    sa_cuda_begin_plan(problem, plan);
     if (problem->batch == 0 || problem->query_length == 0) {
         return 0;
     }
@@ -623,81 +450,4 @@ int sa_cuda_choose_mass(sa_cuda_problem *problem, const sa_cuda_device *device, 
     }
     plan->path = plan->launch_count > 0 ? sa_cuda_kernels[plan->launches[0].kernel].name : "none";
     return 0;
-}
-
-/* --- the backward pass ------------------------------------------------------------------------------------------------------------- */
-
-/* Rows of a tile, shared bytes, and CTAs of a tile, of the two large kernels. */
-typedef struct backward_form {
-    int64_t keys, queries;
-    int64_t keys_shared, queries_shared;
-    int64_t parts;
-} backward_form;
-
-static backward_form backward_form_of(int64_t depth, int32_t dtype)
-{
-    if (dtype == SA_CUDA_F32) {
-        return (backward_form){SA_BACKWARD_F32_ROWS(depth), SA_BACKWARD_F32_ROWS(depth), SA_BACKWARD_F32_SHARED(depth),
-                               SA_BACKWARD_F32_SHARED(depth), 1};
-    }
-    const int64_t keys = SA_BACKWARD_KEY_BLOCKS(depth), queries = SA_BACKWARD_QUERY_BLOCKS(depth);
-    return (backward_form){SA_BACKWARD_ROWS(keys), SA_BACKWARD_ROWS(queries), SA_BACKWARD_SHARED(depth, keys),
-                           SA_BACKWARD_SHARED(depth, queries), depth > 128 ? 2 : 1};
-}
-
-/* Does the kernel of one pass serve a call? It reads 16 bytes at a time and does to a score nothing but scale and hide it. */
-static bool suits_one_pass(const sa_cuda_backward *b, const outline *o)
-{
-    const sa_cuda_problem *p = &b->forward;
-    return b->one_pass && p->dtype != SA_CUDA_F32 && o->bucket < 2 && is_plain(p) && b->aligned;
-}
-
-static void reserve_backward(sa_cuda_backward *b, sa_cuda_plan *plan)
-{
-    const sa_cuda_problem *p = &b->forward;
-    const int64_t rows = p->sequences > 0 ? p->sequences : p->batch;
-    b->rows_offset = reserve(plan, p->batch * p->heads_q * p->query_length * (int64_t)sizeof(sa_cuda_row));
-    b->bias_bytes = p->sink_bias.given ? rows * p->heads_q * p->pinned * (int64_t)sizeof(float) : 0;
-    b->bias_offset = reserve(plan, b->bias_bytes);
-}
-
-int sa_cuda_choose_backward(sa_cuda_backward *b, sa_cuda_plan *plan)
-{
-    sa_cuda_problem *p = &b->forward;
-    begin(p, plan);
-    b->sums_offset = b->sums_bytes = b->sums_width = 0;
-    b->sparse = p->starts.given || p->lengths.given || p->sequences > 0;
-    b->aligned = reads_pieces(p) && tensor_in_pieces(&p->query, p->depth, p->dtype == SA_CUDA_F32 ? 4 : 2) &&
-                 tensor_in_pieces(&p->sink_query, p->depth, 2) && tensor_in_pieces(&b->output_gradient, p->depth_v, 2);
-    if (p->batch == 0 || p->query_length == 0) {
-        return 0;
-    }
-    const outline o = outline_of(p);
-    const bool one_pass = suits_one_pass(b, &o);
-    const backward_form form = one_pass ? (backward_form){SA_ONE_PASS_KEYS, SA_ONE_PASS_SLICE, SA_ONE_PASS_SHARED(o.depth), 0, 1}
-                                        : backward_form_of(o.depth, p->dtype);
-    const int64_t bands = p->sequences > 0 ? 1 : p->batch, kind = p->dtype * 3 + o.bucket;
-    reserve_backward(b, plan);
-    if (one_pass) {
-        b->sums_width = o.depth;
-        b->sums_bytes = p->batch * p->heads_q * p->query_length * o.depth * (int64_t)sizeof(float);
-        b->sums_offset = reserve(plan, b->sums_bytes);
-    }
-    b->learned_tiles = ceil_div(p->learned, form.keys);
-    b->key_tiles = ceil_div(p->kv_length, form.keys) + (p->sequences > 0 ? 2 * p->sequences : p->apart ? 1 : 0);
-    b->query_tiles = ceil_div(p->query_length, form.queries) + p->sequences;
-    const int64_t rows = ceil_div(p->batch * p->heads_q * p->query_length, SA_BACKWARD_ROW_WARPS);
-    const int64_t keys = (b->learned_tiles + b->key_tiles * bands) * p->heads_kv * form.parts, queries = b->query_tiles * p->heads_q * bands;
-    const int64_t biases = p->sink_bias.given ? ceil_div(p->heads_q * p->pinned, SA_BACKWARD_NUMBER_THREADS) : 0;
-    const int64_t pieces = ceil_div(p->batch * p->heads_q * p->query_length * (p->depth / 8), SA_BACKWARD_NUMBER_THREADS);
-    const int half = p->dtype == SA_CUDA_BF16, keys_kernel = one_pass ? ONE_PASS + 2 * half + o.bucket : (int)(BACKWARD_KEYS + kind);
-    const bool fits =
-        push(plan, BACKWARD_ROWS, rows, 32 * SA_BACKWARD_ROW_WARPS, 1, 0) &&
-        push(plan, keys_kernel, keys, one_pass ? SA_ONE_PASS_THREADS : 32 * SA_BACKWARD_WARPS, 1, form.keys_shared) &&
-        (one_pass ? push(plan, FINISH + half, pieces, SA_BACKWARD_NUMBER_THREADS, 1, 0)
-                  : push(plan, (int)(BACKWARD_QUERIES + kind), queries, 32 * SA_BACKWARD_WARPS, 1, form.queries_shared)) &&
-        push(plan, BACKWARD_NUMBERS, b->logit_count + biases, SA_BACKWARD_NUMBER_THREADS, 1,
-             SA_BACKWARD_NUMBER_THREADS * (int64_t)sizeof(double));
-    plan->path = sa_cuda_kernels[one_pass ? keys_kernel : (int)(BACKWARD_QUERIES + kind)].name;
-    return fits ? 0 : -1;
 }

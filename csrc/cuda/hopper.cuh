@@ -35,6 +35,7 @@ struct group_tile {
 
     /* what is done with it: runs of the pinned keys and of the others, -1 for none, and their whole slices */
     int pinned, plain, pinned_whole, whole;
+    int filled;                       /* are all rows real? */
     int slices;                       /* of the consumers, at least one; -1 after the last tile */
     int small;                        /* is there a small slice? */
     int64_t high, few_low;            /* end of what the whole slices hold; first key of a small one */
@@ -42,6 +43,7 @@ struct group_tile {
     int pinned_edge, pinned_end;      /* the same of the pinned keys, from the first of them on */
     int64_t widest;                   /* window of the group's heads */
     range seen_by_row, pinned_by_row; /* tokens that some query of the row sees: by a window, or as pinned ones */
+    uint32_t removed;                 /* pinned keys that a bias removes for the whole group, a bit for each */
 };
 
 /* What the consumers have to know of a slice. */
@@ -104,6 +106,7 @@ __device__ __forceinline__ void fill_group_tile(const sa_cuda_problem &p, const 
         t.kv_head = kv_head;
         t.rows = all_tokens * group;
         t.real = real * group;
+        t.filled = real == tokens;
         t.widest = wide;
     }
     __syncwarp();

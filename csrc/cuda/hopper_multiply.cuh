@@ -226,15 +226,18 @@ template <typename T, typename F> struct consumer {
     __device__ __forceinline__ void score(const group_tile &t, const slice_note &note, float (&scores)[F::keys / 2])
     {
         if (F::featured) {
+            if (note.masked && p.softcap > 0.0f) {
+                hide(t, note, scores, 0.0f); /* which way cap() goes is not for what nobody sees */
+            }
             shape<F::keys, 0, F::keys / 8>(t, note.pinned ? t.pinned_edge : t.edge, note.first, scores);
         }
         if (note.masked) {
-            hide(t, note, scores);
+            hide(t, note, scores, -infinity);
         }
     }
 
     /* Hides what a row does not see of a slice. */
-    __device__ __forceinline__ void hide(const group_tile &t, const slice_note &note, float (&scores)[F::keys / 2])
+    __device__ __forceinline__ void hide(const group_tile &t, const slice_note &note, float (&scores)[F::keys / 2], float hidden)
     {
         const int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -252,13 +255,13 @@ template <typename T, typename F> struct consumer {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float &x = scores[4 * n + 2 * half + e];
-                    x = n * 8 + e >= low && n * 8 + e < high ? x : -infinity;
+                    x = n * 8 + e >= low && n * 8 + e < high ? x : hidden;
                 }
             }
         }
     }
 
-    __device__ __forceinline__ void hide_small(const group_tile &t, const slice_note &note, float (&scores)[small_keys / 2])
+    __device__ __forceinline__ void hide_small(const group_tile &t, const slice_note &note, float (&scores)[small_keys / 2], float hidden)
     {
         const int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -274,7 +277,7 @@ template <typename T, typename F> struct consumer {
                 for (int e = 0; e < 2; e++) {
                     const int at_key = n * 8 + e + column - (n * 8 < few ? 0 : few);
                     float &x = scores[4 * n + 2 * half + e];
-                    x = n * 8 < few ? (at_key < held ? x : -infinity) : at_key >= low && at_key < high ? x : -infinity;
+                    x = n * 8 < few ? (at_key < held ? x : hidden) : at_key >= low && at_key < high ? x : hidden;
                 }
             }
         }
@@ -326,8 +329,7 @@ template <typename T, typename F> struct consumer {
         if (tile_before >= 0) {
             release(&s.values_free[before.stage]);
             write_rows(s.tiles[tile_before], state, values);
-            __syncwarp();
-            release(&s.tile_free[tile_before]);
+            barrier_arrive(&s.tile_free[tile_before]);
         }
         state = {{-infinity, -infinity}, {0.0f, 0.0f}};
         return note;
@@ -355,11 +357,14 @@ template <typename T, typename F> struct consumer {
             }
         }
         release(&s.keys_free[at.stage]);
+        if (F::featured && p.softcap > 0.0f) {
+            hide_small(t, note, scores, 0.0f);
+        }
         if (F::featured) {
             shape<small_keys, 0, few / 8>(t, t.pinned_edge, 0, scores);
             shape<small_keys, few / 8, small_keys / 8>(t, t.edge, note.first, scores);
         }
-        hide_small(t, note, scores);
+        hide_small(t, note, scores, -infinity);
 #pragma unroll
         for (int i = 0; i < small_keys / 2; i++) {
             state.maximum[i % 4 / 2] = fmaxf(state.maximum[i % 4 / 2], scores[i]);

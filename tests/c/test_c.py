@@ -12,7 +12,7 @@ FLAGS = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-W
 
 
 @pytest.mark.parametrize("test, parts", [
-    ("test_choose.c", ["csrc/cuda/choose.c"]),
+    ("test_choose.c", [f"csrc/cuda/{name}.c" for name in ("choose", "choose_prefill", "choose_backward")]),
     ("test_select.c", ["csrc/core/select.c", "csrc/core/ledger.c"]),
 ])
 def test_c_part(test, parts, tmp_path):
