@@ -8,8 +8,12 @@
 namespace sa
 {
 
-constexpr int few = SA_HOPPER_FEW, small_keys = 3 * few, hopper_tiles = 3, hopper_far = 1 << 29;
+constexpr int few = SA_HOPPER_FEW, hopper_tiles = 3, hopper_far = 1 << 29;
 constexpr float lazy_bits = 8.0f; /* log2 by which a row's maximum may be exceeded before what was summed is scaled */
+
+/* log2 by which a first maximum may lie below zero and is taken for zero all the same: weights are that much smaller. */
+template <typename T> constexpr float low_bits = 4.0f;
+template <> constexpr float low_bits<bf16> = 48.0f;
 
 /* Sizes of a kernel: rows of a tile, depth of queries and keys and of values, keys of a slice, slices and tiles of queries held; and whether
  * scores are more than scaled and hidden. */
@@ -36,8 +40,9 @@ struct group_tile {
     /* what is done with it: runs of the pinned keys and of the others, -1 for none, and their whole slices */
     int pinned, plain, pinned_whole, whole;
     int slices;                       /* of the consumers, at least one; -1 after the last tile */
-    int small;                        /* is there a small slice? */
-    int64_t high, few_low;            /* end of what the whole slices hold; first key of a small one */
+    int few_pinned;                   /* are there so few that a small box holds them? */
+    int merged;                       /* is there a last slice of few pinned keys and of what whole slices leave? */
+    int64_t high;                     /* end of what the plain slices hold */
     int edge, start, end;             /* from `high` on: how far row 0 sees, and the run of plain keys */
     int pinned_edge, pinned_end;      /* the same of the pinned keys, from the first of them on */
     int64_t widest;                   /* window of the group's heads */
@@ -46,8 +51,8 @@ struct group_tile {
 
 /* What the consumers have to know of a slice. */
 struct slice_note {
-    int32_t first;         /* key: of the pinned ones, of a small slice and of the others before (< 0) the end of what the tile sees */
-    int16_t pinned, plain; /* does it hold such keys? Both may be in a small one */
+    int32_t first;         /* key: of the pinned ones, else before (< 0) the end of what the tile sees */
+    int16_t pinned, plain; /* does it hold such keys? Both: the pinned ones come first, `few` of them */
     int16_t masked;        /* some row does not see all of it */
     int16_t second;        /* scored with the second query */
 };
