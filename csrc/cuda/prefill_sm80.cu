@@ -12,20 +12,20 @@
  * H200, bf16, causal, 64/8 heads, useful TFLOP/s: D 128, N 8192; D 64, N 16384; 16/16 heads, D 256, N 8192; D 128, N 16384, window 1024 + 4
  *   v2 64 rows, 16 a warp               178   201   157   141    2026-11-25, a harness of its own
  *   v3 128 rows, 32 a warp (D 256: 64)  316   290   250   226    2026-11-25, the same run
- *   v4 maxima that may be too small     not timed yet
- * torch's flash attention an hour before, same machine: 335, 310, 286 (H 16/16, D 256). Tried and lost at D 128: 8 warps of 16 rows (213), 2
- * stages of keys and values (314), 256 rows (246), slices of 32 keys (237), features of scores in the same kernel (284, it spills). */
+ *   v4 maxima that may be too small     324   299   256   232    2026-11-25, another run (v2 again 178, 201, 156, 141)
+ *   v5 addresses by slice, not carried  330   304   265   237    that run
+ * torch's flash attention an hour before the first run, same machine: 335, 310, 286 (H 16/16, D 256). Tried and lost at D 128: 8 warps of 16
+ * rows (213), 2 stages of keys and values (314; at D 64 they win 2 % and would leave an A100 one CTA), 256 rows (246), slices of 32 keys
+ * (237), features of scores in the same kernel (284, it spills). */
 #include "multiply.cuh"
 
 namespace sa
 {
 
 /* blocks: of 16 rows, that a warp multiplies; plain: nothing happens to a score but that it is scaled, by a positive number, and hidden. */
-template <int depth_, int rows_, bool plain_, int keys_ = SA_PREFILL_KEYS, int warps = SA_PREFILL_WARPS, int stages_ = 1, int trial_ = 1>
+template <int depth_, int rows_, bool plain_, int keys_ = SA_PREFILL_KEYS, int warps = SA_PREFILL_WARPS>
 struct prefill_shape {
     static constexpr bool plain = plain_;
-    static constexpr int trial = trial_;
-    static constexpr int stages = stages_;
     static constexpr int depth = depth_, rows = rows_, keys = keys_, threads = 32 * warps, blocks = rows / (16 * warps);
     static constexpr int fixed = SA_PREFILL_ROWS_SHARED(rows), query_bytes = rows * depth * 2, half_bytes = keys * depth * 2;
     static_assert(sizeof(tile<rows>) <= fixed, "room for what is known of the rows");
@@ -64,9 +64,8 @@ __device__ __noinline__ void load_query_tile(const sa_cuda_problem &p, const til
     }
 }
 
-/* Where keys, or values, are read next: this thread's part of slice `slice`, of run `run`. */
+/* The slice of keys, or of values, that is read next, and its run. */
 struct cursor {
-    const char *at;
     int slice, run;
 };
 
@@ -76,14 +75,11 @@ template <typename S> __device__ __forceinline__ int64_t first_key(const tile<S:
 }
 
 /* Goes to the run of the cursor's slice; others may have no slices. */
-template <typename S> __device__ __forceinline__ void enter_run(const tile<S::rows> &t, bool values, cursor &c)
+template <typename S> __device__ __forceinline__ void enter_run(const tile<S::rows> &t, cursor &c)
 {
     while (c.slice >= t.first_slice[c.run + 1]) {
         c.run++;
     }
-    const run &r = t.list.runs[c.run];
-    const int64_t row = first_key<S>(t, c.slice, c.run) + threadIdx.x / (S::depth / 8);
-    c.at = (values ? r.value + row * r.value_stride : r.key + row * r.key_stride) + threadIdx.x % (S::depth / 8) * 16;
 }
 
 /* Asks for the cursor's slice and moves on. All threads; the caller says that there is one. */
@@ -93,26 +89,24 @@ __device__ __forceinline__ void load_slice(const sa_cuda_problem &p, const tile<
     constexpr int pieces = S::depth / 8, step = S::threads / pieces;
     const run &r = t.list.runs[c.run];
     const int64_t stride = values ? r.value_stride : r.key_stride;
-    const int piece = threadIdx.x % pieces, row = threadIdx.x / pieces;
-    if (S::trial & 2) {
-        const int64_t start = first_key<S>(t, c.slice, c.run) + row;
-        c.at = (values ? r.value + start * stride : r.key + start * stride) + piece * 16;
-    }
+    const int64_t first = first_key<S>(t, c.slice, c.run);
+    const char *source = (values ? r.value : r.key) + first * stride; /* kept from slice to slice it would cost registers */
     const bool last = c.slice + 1 == t.first_slice[c.run + 1];
-    const int count = last ? (int)(t.seen[c.run].high - first_key<S>(t, c.slice, c.run)) : S::keys;
+    const int count = last ? (int)(t.seen[c.run].high - first) : S::keys;
     if (p.aligned) {
         const uint32_t to = shared_address(target);
+        const int piece = threadIdx.x % pieces, row = threadIdx.x / pieces;
         const int limit = piece * 8 < (values ? p.depth_v : p.depth) ? count : 0;
+        source += row * stride + piece * 16;
 #pragma unroll
         for (int i = 0; i < S::keys / step; i++) {
             if (row + i * step < limit) {
-                copy_async_16(to + piece_at<S::depth>(row + i * step, piece), c.at);
+                copy_async_16(to + piece_at<S::depth>(row + i * step, piece), source);
             }
-            c.at += stride * step;
+            source += stride * step;
         }
     } else {
-        load_elements<S>(c.at - row * stride - piece * 16, stride, count, (int)(values ? p.depth_v : p.depth), target);
-        c.at += stride * S::keys;
+        load_elements<S>(source, stride, count, (int)(values ? p.depth_v : p.depth), target);
     }
     copy_async_commit();
     if (values && last) { /* behind the end: weights 0, so values must be finite */
@@ -122,7 +116,7 @@ __device__ __forceinline__ void load_slice(const sa_cuda_problem &p, const tile<
     }
     c.slice++;
     if (last && c.run + 1 < t.list.count && c.slice < t.first_slice[t.list.count]) {
-        enter_run<S>(t, values, c);
+        enter_run<S>(t, c);
     }
 }
 
@@ -192,8 +186,8 @@ __device__ __forceinline__ void multiply_weights(uint32_t values, const weight_t
     }
 }
 
-/* join_scores of scores that are not scaled yet: `scale`, positive, brings them to log2 units. */
-template <typename T, int trial, int depth, int keys>
+/* join_scores of scores that are not scaled yet: `scale`, positive, brings them to log2 units. Weights may reach 2^slack. */
+template <typename T, int depth, int keys>
 __device__ __forceinline__ void join_scaled(const score_tile<keys> &scores, float scale, warp_state<depth> &state, weight_tile<keys> &weights)
 {
     float larger[2];
@@ -208,7 +202,7 @@ __device__ __forceinline__ void join_scaled(const score_tile<keys> &scores, floa
         maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
         larger[half] = fmaxf(state.maximum[half], maximum * scale);
     }
-    constexpr float slack = trial & 1 ? 8.0f : 0.0f;
+    constexpr float slack = 8.0f;
     if (__any_sync(~0u, larger[0] - state.maximum[0] > slack || larger[1] - state.maximum[1] > slack)) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -294,7 +288,7 @@ __device__ __forceinline__ void weigh(const sa_cuda_problem &p, const tile<S::ro
     }
 #pragma unroll
     for (int block = 0; block < S::blocks; block++) {
-        join_scaled<T, S::trial>(scores[block], plain ? p.scale * log2e : 1.0f, state[block], weights[block]);
+        join_scaled<T>(scores[block], plain ? p.scale * log2e : 1.0f, state[block], weights[block]);
     }
 }
 
@@ -309,7 +303,7 @@ template <typename T, typename S> __device__ __forceinline__ void prefill(const 
         unit += (uint32_t)p.row_tiles - 1 - 2 * (unit % (uint32_t)p.row_tiles);
     }
     if (p.depth < S::depth || p.depth_v < S::depth) { /* what no load fills must be zero */
-        for (int i = threadIdx.x; i < 2 * S::stages * S::half_bytes / 16; i += S::threads) {
+        for (int i = threadIdx.x; i < 2 * S::half_bytes / 16; i += S::threads) {
             ((uint4 *)keys)[i] = make_uint4(0, 0, 0, 0);
         }
     }
@@ -327,26 +321,17 @@ template <typename T, typename S> __device__ __forceinline__ void prefill(const 
     }
     cursor key_at = {}, value_at = {};
     if (slices > 0) {
-        enter_run<S>(t, false, key_at);
-        enter_run<S>(t, true, value_at);
+        enter_run<S>(t, key_at);
+        enter_run<S>(t, value_at);
         load_slice<S>(p, t, false, key_at, keys);
-        if (S::stages == 2) {
-            load_slice<S>(p, t, true, value_at, values);
-        }
     }
     for (int slice = 0, run = 0, loaded = -1; slice < slices; slice++) {
         while (slice >= t.first_slice[run + 1]) {
             run++;
         }
-        char *now = keys + (S::stages == 2 ? slice % 2 * 2 * S::half_bytes : 0), *then = keys + (slice + 1) % 2 * 2 * S::half_bytes;
         copy_async_wait<0>();
         __syncthreads(); /* the keys are there, and all are done with the values before */
-        if (S::stages == 1) {
-            load_slice<S>(p, t, true, value_at, values);
-        } else if (slice + 1 < slices) {
-            load_slice<S>(p, t, false, key_at, then);
-            load_slice<S>(p, t, true, value_at, then + S::half_bytes);
-        }
+        load_slice<S>(p, t, true, value_at, values);
         const int second = t.list.runs[run].kind == run_pinned && has_second_query(p);
         if (loaded != second) {
             load_query_tile<S>(p, t, second ? second_query_tensor(p) : query_tensor(p), queries);
@@ -354,20 +339,18 @@ template <typename T, typename S> __device__ __forceinline__ void prefill(const 
             __syncthreads();
         }
         score_tile<S::keys> scores[S::blocks] = {};
-        multiply_queries<T, S>(shared_address(queries) + warp_row * S::depth * 2, shared_address(now), scores);
-        if (S::stages == 1) {
-            copy_async_wait<0>();
-            __syncthreads(); /* the values are there, and all are done with the keys */
-            if (slice + 1 < slices) {
-                load_slice<S>(p, t, false, key_at, keys);
-            }
+        multiply_queries<T, S>(shared_address(queries) + warp_row * S::depth * 2, shared_address(keys), scores);
+        copy_async_wait<0>();
+        __syncthreads(); /* the values are there, and all are done with the keys */
+        if (slice + 1 < slices) {
+            load_slice<S>(p, t, false, key_at, keys);
         }
         if (!S::plain && p.sink_bias.given && t.list.runs[run].kind == run_pinned) {
-            clear_removed<S>(p, t, slice, run, now + S::half_bytes);
+            clear_removed<S>(p, t, slice, run, values);
         }
         weight_tile<S::keys> weights[S::blocks];
         weigh<T, S>(p, t, slice, run, warp_row, scores, state, weights);
-        multiply_weights<T, S>(shared_address(now + S::half_bytes), weights, state);
+        multiply_weights<T, S>(shared_address(values), weights, state);
     }
     __syncthreads();
 #pragma unroll

@@ -19,6 +19,7 @@ from .machine import MIB
 from .statement import as_double
 
 TOKENS = 8  # that a timed call generates, unless told otherwise
+CHUNK = 4096  # tokens by which a cache is filled
 
 
 @dataclass
@@ -33,8 +34,8 @@ class Sizes:
     tokens: int = TOKENS
 
 
-# A model whose weights are a small part of what a step of sdpa reads at 32 768 tokens.
-LARGE = Sizes(hidden=4096, layers=16, heads=(32, 8), depth=128, contexts=(32768,), rows=8)
+# Layers of a common size, and rows enough that a step of sdpa at 32 768 tokens is what it reads.
+LARGE = Sizes(hidden=4096, layers=4, heads=(32, 8), depth=128, contexts=(32768,), rows=16)
 QUICK = Sizes(hidden=32, layers=2, heads=(2, 1), depth=16, cache=(2, 14), contexts=(32,))
 
 
@@ -64,6 +65,23 @@ def make_models(sizes, dtype, device):
     return hf.enable(copy.deepcopy(model)), model
 
 
+class Clock:
+    """A streamer of generate: when each token was there. What it is given first is the text."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, _):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+    def steps(self):
+        """Seconds from one token to the next."""
+        return [b - a for a, b in zip(self.times[1:], self.times[2:])]
+
+
 class Stream:
     """A model in the middle of a text."""
 
@@ -73,7 +91,7 @@ class Stream:
         self.ids = torch.zeros(sizes.rows, context + 1, dtype=torch.int64, device=model.device)
         fill(cache, context)
 
-    def generate(self):
+    def generate(self, clock=None):
         """More tokens; the text and the cache are then so much longer."""
         import torch
 
@@ -81,8 +99,14 @@ class Stream:
         with torch.no_grad():
             self.ids = self.model.generate(
                 self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=self.tokens,
-                do_sample=False, **{cache_keyword(self.model): self.cache})
+                do_sample=False, streamer=clock, **{cache_keyword(self.model): self.cache})
         return self.ids
+
+    def timed(self):
+        """Seconds of a call, and of each step in it."""
+        clock, begin = Clock(), time.perf_counter()
+        self.generate(clock)[0, -1].item()  # waits for a device
+        return time.perf_counter() - begin, clock.steps()
 
 
 def random_states(sizes, context, model):
@@ -99,11 +123,13 @@ def ours(sizes, model, context):
     def fill(cache, length):
         import torch
         for layer in cache.layers:
-            key, value = random_states(sizes, length, model)
-            query = key.new_zeros(sizes.rows, sizes.heads[0], length, sizes.depth)
-            with torch.no_grad():
-                layer.attend(query, key, value,
-                             Mask(Pattern(causal=True), sizes.rows, length, length, 0))
+            for begin in range(0, length, CHUNK):
+                count = min(CHUNK, length - begin)
+                key, value = random_states(sizes, count, model)
+                query = key.new_zeros(sizes.rows, sizes.heads[0], count, sizes.depth)
+                mask = Mask(Pattern(causal=True), sizes.rows, count, begin + count, begin)
+                with torch.no_grad():
+                    layer.attend(query, key, value, mask)
     sinks, window = sizes.cache
     return Stream(model, hf.SinkCache(model.config, sinks=sinks, window=window), context, fill,
                   sizes)
@@ -225,19 +251,41 @@ def works(lab):
 
 
 def contestants(options):
-    """(name, maker of its stream, place among the models, what holds while it runs)."""
-    import torch
+    """By groups, whose members take turns: (name, maker of its stream, place among the models, what
+    holds while it runs)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def without_cudnn():
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                             SDPBackend.MATH])
-    if torch.device(options.device).type == "cuda":
-        yield "SinkCache, captured", captured, 0, nullcontext
-    yield "SinkCache", ours, 0, nullcontext
-    yield "sdpa + DynamicCache", theirs, 1, nullcontext
-    if torch.device(options.device).type == "cuda":  # cuDNN plans anew for each new length
-        yield "the same without cuDNN", theirs, 1, without_cudnn
+    if not options.device.startswith("cuda"):
+        return [[("SinkCache", ours, 0, nullcontext),
+                 ("sdpa + DynamicCache", theirs, 1, nullcontext)]]
+    # What torch chooses by itself is cuDNN, which plans anew for each new length: the host's caches
+    # are then cold for whoever is next, so it stands alone.
+    return [[("SinkCache, captured", captured, 0, nullcontext),
+             ("SinkCache", ours, 0, nullcontext),
+             ("sdpa without cuDNN + DynamicCache", theirs, 1, without_cudnn)],
+            [("sdpa + DynamicCache", theirs, 1, nullcontext)]]
+
+
+def measure(group, context, sizes, models, repeats):
+    """A line for each of those who take turns, call by call; the first calls are not counted."""
+    streams = [(name, make(sizes, models[at], context), around) for name, make, at, around in group]
+    held = [bytes_of(stream.cache) for _, stream, _ in streams]
+    calls, steps = [[] for _ in streams], [[] for _ in streams]
+    for turn in range(repeats + 1):
+        for at, (_, stream, around) in enumerate(streams):
+            with around():
+                whole, between = stream.timed()
+            if turn > 0:
+                calls[at].append(whole)
+                steps[at] += between
+    for at, (name, stream, _) in enumerate(streams):
+        error = f"; error {stream_error(stream):.1e}" if name == "SinkCache" else ""
+        step = sizes.rows / statistics.median(steps[at])
+        call = sizes.rows * sizes.tokens / statistics.median(calls[at])
+        print(f"  {name:33} {step:9.1f} {call:9.1f} {held[at]:12}{error}", flush=True)
 
 
 def main(arguments=None):
@@ -245,7 +293,8 @@ def main(arguments=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rows", type=int, help="of the batch")
-    parser.add_argument("--large", action="store_true", help="16 layers, 32/8 heads of 128")
+    parser.add_argument("--large", action="store_true",
+                        help="4 layers of 32/8 heads of 128, 16 rows")
     parser.add_argument("--tokens", type=int, help="that a timed call generates")
     parser.add_argument("--contexts", type=int, nargs="+", metavar="TOKENS")
     parser.add_argument("--repeats", type=int, default=9)
@@ -256,26 +305,12 @@ def main(arguments=None):
                     tokens=options.tokens or sizes.tokens,
                     contexts=options.contexts or sizes.contexts)
     models = make_models(sizes, options.dtype, options.device)
-    print(f"tokens per second of generate, {sizes.rows} rows, median of {options.repeats}; bytes "
-          "of the cache")
+    print(f"{sizes.rows} rows, {options.repeats} calls of {sizes.tokens} tokens. Tokens per second "
+          "from one token to the next (median), of whole calls (median); bytes of the cache")
     for context in sizes.contexts:
-        streams = [(name, make(sizes, models[at], context), around)
-                   for name, make, at, around in contestants(options)]
-        ours_at = [name for name, *_ in streams].index("SinkCache")
-        held = [bytes_of(stream.cache) for _, stream, _ in streams]
-        seconds = [[] for _ in streams]
-        for turn in range(options.repeats + 1):
-            for (_, stream, around), taken in zip(streams, seconds):
-                with around():
-                    begin = time.perf_counter()
-                    stream.generate()[0, -1].item()  # waits for a device
-                if turn > 0:
-                    taken.append(time.perf_counter() - begin)
-        rates = [sizes.rows * sizes.tokens / statistics.median(taken) for taken in seconds]
-        print(f"after {context:6}: " + ", ".join(
-            f"{name} {rate:8.1f} ({size} bytes, {rates[0] / rate:.2f}x)"
-            for (name, _, _), rate, size in zip(streams, rates, held))
-            + f"; error of ours {stream_error(streams[ours_at][1]):.1e}")
+        print(f"after {context} tokens")
+        for group in contestants(options):
+            measure(group, context, sizes, models, options.repeats)
     return 0
 
 

@@ -46,13 +46,15 @@ class StreamLayer(CacheLayerMixin):
     def attend(self, query, key, value, mask, **score):
         """out [batch, heads_q, tokens, v_head_dim] of a chunk, which is appended."""
         tokens = key.shape[2]
-        starts = self.starts_of(mask, tokens)
+        self.refuse_other_mask(mask, tokens)
+        columns = None if mask is None else mask.columns
         stream = self.stream_for(key, value)
         if self.step is not None:
             shift, lengths = None, self.step
         else:
-            self.refuse_other_rows(stream, starts)
-            shift, lengths = (None, None) if starts is None else mask.chunk_rows()
+            if columns is not None or self.padded:
+                self.refuse_other_rows(stream, mask)
+            shift, lengths = (None, None) if columns is None else mask.chunk_rows()
         if shift is not None:
             query, key, value = (moved(x, shift) for x in (query, key, value))
         out = query.new_empty(query.shape[0], tokens, query.shape[1], value.shape[3])
@@ -60,14 +62,13 @@ class StreamLayer(CacheLayerMixin):
         stream.attend(query, key, value, new_lengths=lengths, out=out, **score)
         self.stream, self.batch_size = stream, key.shape[0]
         self.columns += tokens
-        self.padded = self.padded or starts is not None
+        self.padded = self.padded or columns is not None
         return out if shift is None else moved_back(out, shift)
 
-    def starts_of(self, mask, tokens):
-        """The first valid column of each row (None: all are valid), after the checks that need no
-        numbers."""
+    def refuse_other_mask(self, mask, tokens):
+        """The checks that need no numbers."""
         if mask is None:
-            return None
+            return
         if not isinstance(mask, Mask) or not mask.causal or mask.sequences is not None:
             raise NotImplementedError("sinkattn.hf: a cache of ours attends causally, one sequence "
                                       "a row; the model asks for something else")
@@ -78,7 +79,6 @@ class StreamLayer(CacheLayerMixin):
         if mask.offset != self.columns or mask.queries != tokens:
             raise ValueError(f"sinkattn.hf: the mask is for {mask.queries} tokens after "
                              f"{mask.offset}, the cache has seen {self.columns} and gets {tokens}")
-        return mask.starts
 
     def stream_for(self, key, value):
         batch = key.shape[0]
@@ -91,11 +91,12 @@ class StreamLayer(CacheLayerMixin):
                          v_head_dim=value.shape[3], dtype=key.dtype, device=key.device,
                          rollback=self.rollback)
 
-    def refuse_other_rows(self, stream, starts):
+    def refuse_other_rows(self, stream, mask):
         """A padding mask that was not there before would misplace every key. Only where the host
         knows the lengths."""
-        if (starts is None and not self.padded) or getattr(starts, "is_cuda", False):
+        if mask is not None and mask.columns is not None and mask.columns.is_cuda:
             return
+        starts = None if mask is None else mask.starts
         expected = [self.columns] * len(stream.length) if starts is None else (
             self.columns - starts.clamp(max=self.columns)).tolist()
         seen = stream.length.tolist()

@@ -11,7 +11,8 @@ import inspect
 
 import torch
 
-from sinkattn.hf.cache import SinkCache
+from sinkattn.hf.cache import SinkCache, text_config
+from sinkattn.hf.sinks import CHANGES
 
 _DEVICES = ("cuda",)
 _ASKED = {"use_cache": True, "return_dict": True, "output_attentions": False,
@@ -28,9 +29,9 @@ def capture(model, cache):
     after a prompt runs as always, the second is captured, the others are replays: calls of one
     token a row with this cache, under torch.no_grad() or inference_mode(), that ask for logits
     alone. Everything else (prompts, other caches, more tokens at a time) runs as always, and after
-    what gives the cache other memory (another batch) the step is captured again. Logits are
-    overwritten by the next step. The weights may change in place, but may not move; close() before
-    model.to().
+    what gives the cache other memory (another batch) or the model other sink logits the step is
+    captured again. Logits are overwritten by the next step; of attention_mask a replay reads the
+    last column. The weights may change in place, but may not move; close() before model.to().
 
         cache = SinkCache(model, sinks=4, window=1020)
         with sinkattn.hf.capture(model, cache):
@@ -122,7 +123,11 @@ class Captured:
             "input_ids", "attention_mask", "position_ids", "past_key_values", "cache")
             and value is not None and not (name in _ASKED and value is _ASKED[name])}
         kept = others.pop("logits_to_keep", None)
-        return None if others or isinstance(kept, torch.Tensor) else (tuple(ids.shape), kept)
+        if others or isinstance(kept, torch.Tensor):
+            return None
+        model = self.model
+        return (tuple(ids.shape), kept, model.training, model.__dict__.get(CHANGES),
+                text_config(model)._attn_implementation)
 
     def _tell(self, given):
         """The graph's own inputs: it reads these addresses."""
@@ -158,7 +163,7 @@ class Captured:
                 for layer in self.cache.layers:
                     layer.step = None
         try:
-            self.outputs, self.replay = record(step)
+            self.outputs, self.replay = record(step, self.ids.device)
         except Exception as error:
             self._move_to(before)
             self.key = None
@@ -171,9 +176,9 @@ class Captured:
             layer.columns = columns
 
 
-def record(step):
+def record(step, device):
     """(what step() returned, a function that does it again) as a graph; nothing is done yet."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # torch's own: of any device
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
         results = step()
     return results, graph.replay

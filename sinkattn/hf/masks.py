@@ -25,7 +25,8 @@ class Mask:
     causal, window : as in attend.
     offset : column of the first query, an int; a tensor under a static cache of another device.
     queries, keys : lengths. Keys behind the last query's column are slots not yet written.
-    starts, ends : int64 [batch] or None, the valid columns of each row.
+    columns : bool [batch, keys] or None, those that hold a token; None where all are known to.
+    starts, ends : int64 [batch] or None, the same by row.
     sequences : int64 [batch, keys] or None, packed sequences by number.
     """
 
@@ -35,12 +36,11 @@ class Mask:
         self.causal, self.window, self.sequences = (pattern.causal, pattern.window,
                                                     pattern.sequences)
         self.batch, self.queries, self.keys, self.offset = batch, queries, keys, offset
-        self.starts = self.ends = None
+        self.columns = None
         if columns is not None:
-            self.starts, self.ends = valid_columns(columns, None if isinstance(offset, torch.Tensor)
-                                                   else offset + queries if self.causal else keys)
-        self.keywords = self._keywords()  # of attend, made once for all layers
-        self.rows = None
+            self.columns = padded_columns(columns, None if isinstance(offset, torch.Tensor)
+                                          else offset + queries if self.causal else keys)
+        self._bounds = self._keywords = self._rows = None  # made when asked for
 
     def __getattr__(self, name):
         raise AttributeError(f"sinkattn: '{name}' of a mask: the model works on masks itself, and "
@@ -67,7 +67,27 @@ class Mask:
             return self.keys
         return None if isinstance(self.offset, torch.Tensor) else self.offset + self.queries
 
-    def _keywords(self):
+    @property
+    def starts(self):
+        return self.bounds()[0]
+
+    @property
+    def ends(self):
+        return self.bounds()[1]
+
+    def bounds(self):
+        if self._bounds is None:
+            self._bounds = (None, None) if self.columns is None else ends_of(self.columns)
+        return self._bounds
+
+    @property
+    def keywords(self):
+        """Of attend."""
+        if self._keywords is None:
+            self._keywords = self._make_keywords()
+        return self._keywords
+
+    def _make_keywords(self):
         given = {"causal": self.causal, "window": self.window}
         if self.sequences is not None:
             boundaries = boundaries_of(self.sequences)
@@ -84,19 +104,19 @@ class Mask:
             given["q_lengths"] = (ends - self.offset).clamp(0, self.queries)
         return given
 
-
     def chunk_rows(self):
         """For a cache that keeps rows of tokens: (columns to move each row to the left by, or None;
-        tokens of each row, or None: all). Made once for all layers."""
-        if self.rows is None:
-            shift = (self.starts - self.offset).clamp(0, self.queries)
-            lengths = (self.ends - self.offset - shift).clamp(0, self.queries)
+        tokens of each row, or None: all)."""
+        if self._rows is None:
+            if self.queries == 1:  # a row has the token or not
+                shift, lengths = None, self.columns[:, -1].to(torch.int64)
+            else:
+                shift = (self.starts - self.offset).clamp(0, self.queries)
+                lengths = (self.ends - self.offset - shift).clamp(0, self.queries)
             if lengths.device.type == "cpu":
                 lengths = lengths.numpy() if bool((lengths != self.queries).any()) else None
-            if self.queries == 1 or lengths is None:
-                shift = None  # a row of one token has it or not
-            self.rows = shift, lengths
-        return self.rows
+            self._rows = None if lengths is None else shift, lengths
+        return self._rows
 
 
 def boundaries_of(sequences):
@@ -107,22 +127,27 @@ def boundaries_of(sequences):
     return torch.cat([begins, begins.new_full((1,), sequences.numel())])
 
 
-def valid_columns(columns, width):
-    """starts, ends of a padding mask bool [batch, keys]; None, None where all is valid.
+def padded_columns(columns, width):
+    """A padding mask bool [batch, keys] up to its `width`; None where all is valid and the host
+    knows."""
+    columns = columns if width is None else columns[:, :width]
+    if columns.device.type == "cpu" and not is_compiling() and bool(columns.all()):
+        return None
+    begins = (columns[:, 1:] > columns[:, :-1]).sum(-1) + columns[:, 0]
+    refuse_holes(begins <= 1)
+    return columns
+
+
+def ends_of(columns):
+    """starts, ends of the valid columns of each row.
 
     A row without a valid column gets starts = ends = its width: argmax alone would say 0.
     """
-    columns = columns if width is None else columns[:, :width]
-    if columns.device.type == "cpu" and not is_compiling() and bool(columns.all()):
-        return None, None
     size = columns.shape[1]
     numbers = columns.to(torch.int8)
     starts, ends = numbers.argmax(-1), size - numbers.flip(-1).argmax(-1)
     empty = ~columns.any(-1)
-    starts = torch.where(empty, size, starts)
-    ends = torch.where(empty, size, ends)
-    refuse_holes(columns.sum(-1) == ends - starts)
-    return starts, ends
+    return torch.where(empty, size, starts), torch.where(empty, size, ends)
 
 
 def refuse_holes(whole):

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-_PLACE, _HOOKED = "_sinkattn_logits", "_sinkattn_hooked"
+_PLACE, _HOOKED, CHANGES = "_sinkattn_logits", "_sinkattn_hooked", "_sinkattn_changes"
 
 
 def attention_modules(model):
@@ -62,6 +62,7 @@ def set_sink_logits(model, x):
     device = next(model.parameters()).device
     places = [None] * len(modules) if x is None else places_of(model, x, len(modules), heads,
                                                                device)
+    model.__dict__[CHANGES] = model.__dict__.get(CHANGES, 0) + 1  # a captured step is out of date
     for module, place in zip(modules, places):
         module.__dict__.pop(_PLACE, None)
         if place is not None:

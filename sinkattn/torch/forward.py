@@ -1,5 +1,7 @@
 """sinkattn::attend: kernels of the devices, shapes for tracing, gradients, autocast."""
 
+from operator import itemgetter
+
 import torch
 
 from sinkattn import _core
@@ -22,7 +24,19 @@ def kernel(q, k, v, causal=True, window=None, windows=None, sinks=0, sink_logits
         q, k, v, causal, window, sinks, sink_logits, sink_bias, sink_q, pair, scale, softcap,
         alibi_slopes, starts, lengths, q_lengths, cu_seqlens_q, cu_seqlens_k, None, True,
         return_mass, mass_reduce, mass_queries)
-    return results if return_mass else (*results, results[1].new_empty(0))
+    return results if return_mass else (*results, nothing_on(q))
+
+
+_nothing = {}  # by device: a new one would cost as much as a third of a small call
+
+
+def nothing_on(tensor):
+    """An empty mass. It has no element that a caller could see another write."""
+    place = tensor.get_device()
+    if place not in _nothing:
+        with torch.inference_mode(False):
+            _nothing[place] = torch.empty(0, device=tensor.device)
+    return _nothing[place]
 
 
 library.impl("attend", kernel, "CPU")
@@ -49,21 +63,22 @@ _NAMES = schema.names_of(schema.attend)
 _TENSORS = tuple(argument.name for argument in schema.attend._schema.arguments
                  if "Tensor" in str(argument.type))
 _PLAIN = tuple(name for name in KEYWORDS if name not in _TENSORS)
-_TENSORS_AT, _PLAIN_AT = (tuple(map(_NAMES.index, names)) for names in (_TENSORS, _PLAIN))
-_CONSTANTS_AT = tuple(at for at, name in enumerate(_NAMES) if name not in DIFFERENTIABLE)
+_CONSTANTS = tuple(name for name in _NAMES if name not in DIFFERENTIABLE)
+_tensors_of, _plain_of, _constants_of = (itemgetter(*map(_NAMES.index, names))
+                                         for names in (_TENSORS, _PLAIN, _CONSTANTS))
 
 
 def remember(ctx, inputs, output):
-    needs = ctx.needs_input_grad
-    for at in _CONSTANTS_AT:
-        if needs[at]:
-            raise NotImplementedError(f"attend(): {_NAMES[at]} requires grad, and it has no "
-                                      f"gradient: pass {_NAMES[at]}.detach()")
+    needs = _constants_of(ctx.needs_input_grad)
+    if True in needs:
+        name = _CONSTANTS[needs.index(True)]
+        raise NotImplementedError(f"attend(): {name} requires grad, and it has no gradient: pass "
+                                  f"{name}.detach()")
     out, lse, mass = output
     ctx.mark_non_differentiable(mass)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out, lse, *[inputs[at] for at in _TENSORS_AT])
-    ctx.plain = [inputs[at] for at in _PLAIN_AT]
+    ctx.save_for_backward(out, lse, *_tensors_of(inputs))
+    ctx.plain = _plain_of(inputs)
 
 
 def backward(ctx, dout, dlse, _, differentiate=schema.attend_backward):
@@ -83,13 +98,17 @@ def backward(ctx, dout, dlse, _, differentiate=schema.attend_backward):
 
 
 class _Recorded(torch.autograd.Function):
-    """The operator with its gradient. The last argument: the dispatch keys below autograd."""
+    """The operator with its gradient. The last argument: the dispatch keys below autograd, or None
+    where a kernel is next."""
 
     @staticmethod
     def forward(ctx, *arguments):
         *given, below = arguments
-        with torch._C._AutoDispatchBelowAutograd():
-            results = schema.attend.redispatch(below, *given)
+        if below is None:
+            results = kernel(*given)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = schema.attend.redispatch(below, *given)
         remember(ctx, given, results)
         return results
 
@@ -102,17 +121,26 @@ class _Recorded(torch.autograd.Function):
 _record_directly = super(torch.autograd.Function, _Recorded).apply
 _DEFAULTS = tuple(schema.bind(schema.attend, ()).values())
 _KERNELS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+_below = {}  # the bits of a keyset -> what `_Recorded` is told: to ask anew costs 1 us
+
+
+def below_autograd(keyset):
+    below = keyset & torch._C._after_ADInplaceOrView_keyset
+    return None if below.highestPriorityTypeId() in _KERNELS else below
 
 
 def autograd(keyset, *arguments):
     """What torch.library.register_autograd would make, without a second way through the dispatcher
     where nothing stands between here and the kernel."""
-    below = keyset & torch._C._after_ADInplaceOrView_keyset
+    bits = keyset.raw_repr()
+    if bits not in _below:
+        _below[bits] = below_autograd(keyset)
+    below = _below[bits]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         record = (_Recorded.apply if torch._C._are_functorch_transforms_active() else
                   _record_directly)
         return record(*arguments, *_DEFAULTS[len(arguments):], below)
-    if below.highestPriorityTypeId() in _KERNELS:
+    if below is None:
         return kernel(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return schema.attend.redispatch(below, *arguments)

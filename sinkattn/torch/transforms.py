@@ -100,6 +100,7 @@ class _Direct(torch.autograd.Function):
 
 
 _GIVEN = 17  # arguments of _Direct
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 # Function.apply without its Python, which looks for defaults and for what torch.func left behind.
 _apply_directly = super(torch.autograd.Function, _Direct).apply
@@ -157,12 +158,14 @@ def _both(pair):
 def _may_be_recorded(tensors, small):
     """Only tensors are kept for the gradient, and none that torch.func has left behind; what has no
     gradient must not ask for one."""
-    for x in small:
-        if x is not None and (type(x) not in _PLAIN or (x.requires_grad and all(
-                x is not sink for sink in small[:_SINKS]))):
+    for x in tensors:
+        if _is_wrapped(x):
             return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return not any(wrapped(x) for x in (*tensors, *small) if x is not None)
+    for at, x in enumerate(small):
+        if x is not None and (type(x) not in _PLAIN or _is_wrapped(x)
+                              or (x.requires_grad and at >= _SINKS)):
+            return False
+    return True
 
 
 _FIRST_SINK, _SINKS = 7, 5  # where sink_logits, sink_bias, sink_q, sink_k, sink_v stand

@@ -148,8 +148,12 @@ def test_generate_on_its_own(capsys, dtype):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     assert hugging_face.main(["--quick", "--repeats", "1", "--dtype", dtype]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert float(line.rpartition(" ")[2]) < {"float32": 2e-6, "bfloat16": 8e-3}[dtype]
+    head, context, ours, theirs = capsys.readouterr().out.splitlines()
+    assert head.startswith("1 rows, 1 calls of 8 tokens") and context == "after 32 tokens"
+    assert ours.split()[0] == "SinkCache" and theirs.split()[:3] == ["sdpa", "+", "DynamicCache"]
+    assert float(ours.rpartition(" ")[2]) < {"float32": 2e-6, "bfloat16": 8e-3}[dtype]
+    step, whole, held = map(float, theirs.split()[3:])
+    assert step > 0 and whole > 0 and held == 2 * 2 * 32 * 16 * {"float32": 4, "bfloat16": 2}[dtype]
 
 
 def test_a_wrong_step_of_a_stream_is_seen():

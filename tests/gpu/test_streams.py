@@ -138,19 +138,3 @@ def test_a_call_does_not_wait(torch):
     done.record()
     assert not done.query()
     torch.cuda.synchronize()
-
-
-def test_several_devices(torch):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    q, k, v = (x.to("cuda:1") for x in chunk(torch, 50))
-    with torch.cuda.device(0):
-        out = attend(q, k, v, window=9)
-        assert torch.cuda.current_device() == 0
-        cache = SinkCache(2, 2, 64, **{**MAKING, "device": "cuda:1"})
-        assert torch.equal(cache.attend(q, k, v)[:, :, :9], attend(q, k, v)[:, :, :9])
-    assert out.device.index == 1
-    with torch.cuda.device(1):
-        assert torch.equal(attend(q, k, v, window=9), out)
-    with pytest.raises(ValueError, match="k is on cuda:0, expected cuda:1"):
-        attend(q, k.to("cuda:0"), v)

@@ -22,7 +22,7 @@ def a_stand_in(monkeypatch):
     if DEVICE == "cuda":
         return
 
-    def record(step):
+    def record(step, device):
         class Results(dict):
             def __getattr__(self, name):
                 return self[name]
@@ -110,6 +110,27 @@ def test_other_calls_run_as_always():
             assert (cache.layers[0].stream.length == other.layers[0].stream.length).all()
 
 
+def test_what_changes_the_model_is_captured_again():
+    """Other sink logits, another attention: a replay of what was recorded before would be wrong."""
+    model, ids, padding, cache = made("llama")
+    fresh = hf.SinkCache(model, sinks=2, window=12)
+    with torch.no_grad(), hf.capture(model, cache) as guard:
+        for at in (cache, fresh):
+            model(ids, attention_mask=padding, **{CACHE: at})
+        for step in range(6):
+            if step == 3:
+                hf.set_sink_logits(model, 3.0)
+            padding = torch.cat([padding, padding.new_ones(3, 1)], 1)
+            got, expected = (model(tokens(3, 1, seed=step).to(DEVICE), attention_mask=padding, **{CACHE: at}).logits
+                             for at in (cache, fresh))
+            torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
+        assert guard.replays == 2 + 2
+        hf.set_sink_logits(model, None)
+        model.set_attn_implementation("eager")
+        with pytest.raises(NotImplementedError, match="the model does not use the attention implementation 'sinkattn'"):
+            model(ids[:, :1], attention_mask=torch.cat([padding, padding[:, -1:]], 1), **{CACHE: cache})
+
+
 def test_what_cannot_be_captured(monkeypatch):
     model, ids, padding, cache = made("llama")
     with pytest.raises(TypeError, match=r"capture\(\): cache is DynamicCache, expected a SinkCache"):
@@ -121,7 +142,7 @@ def test_what_cannot_be_captured(monkeypatch):
         with pytest.raises(ValueError, match=r"capture\(\): forward of this model is replaced already"):
             hf.capture(model, cache)
 
-        def refuse(step):
+        def refuse(step, device):
             step()
             raise RuntimeError("operation not permitted when stream is capturing")
         monkeypatch.setattr(captures, "record", refuse)
