@@ -20,6 +20,7 @@ template <> constexpr float low_bits<bf16> = 48.0f;
 template <int rows_, int depth_, int width_, int keys_, int stages_, int query_tiles_, bool featured_> struct form {
     static constexpr int rows = rows_, depth = depth_, width = width_, keys = keys_, stages = stages_, query_tiles = query_tiles_;
     static constexpr bool featured = featured_;
+    static constexpr bool turns = !featured && (depth == 64 || depth == 128); /* where it was timed */
     static constexpr int groups = rows / 64, warps = 4 * groups, threads = SA_HOPPER_THREADS(rows);
     static constexpr int key_panels = (depth + 63) / 64, value_panels = (width + 63) / 64;
     static constexpr uint32_t query_bytes = key_panels * rows * 128, key_bytes = key_panels * keys * 128, value_bytes = value_panels * keys * 128;

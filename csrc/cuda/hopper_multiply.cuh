@@ -293,6 +293,21 @@ template <typename T, typename F> struct consumer {
         return (uint32_t)((1ull << count) - 1);
     }
 
+    /* Warpgroups issue products by turns, so that one multiplies while another weighs. */
+    __device__ __forceinline__ void take_turn()
+    {
+        if (F::turns) {
+            meet(2 + group, 256);
+        }
+    }
+
+    __device__ __forceinline__ void give_turn()
+    {
+        if (F::turns) {
+            call(2 + (group + 1) % F::groups, 256);
+        }
+    }
+
     /* The next slice's keys are issued before the values of the one before, whichever tile that belongs to; afterwards its scores are there. */
     __device__ __forceinline__ slice_note issue(float (&scores)[F::keys / 2], const uint32_t (&weights)[F::keys / 4], cursor before, bool waits,
                                                 float (&values)[F::width / 2])
@@ -303,9 +318,11 @@ template <typename T, typename F> struct consumer {
             barrier_wait(&s.values_full[before.stage], before.parity);
         }
         pin(values);
+        take_turn();
         products_begin();
         issue_keys<F::keys>(scores, queries_for(note));
         issue_values<F::keys>(weights, before.stage, values);
+        give_turn();
         return note;
     }
 
@@ -378,6 +395,9 @@ template <typename T, typename F> struct consumer {
 #pragma unroll
         for (int i = 0; i < F::width / 2; i++) {
             values[i] = 0.0f;
+        }
+        if (group == F::groups - 1) {
+            give_turn(); /* the first is the first group's */
         }
         key_ring = describe_panels(memory + F::key_ring, 16, 1024);
         value_ring = describe_panels(memory + F::value_ring, F::keys * 128, 1024);
