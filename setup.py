@@ -45,7 +45,8 @@ def switch(name):
 
 
 def common_flags():
-    flags = ["-std=gnu11", "-fvisibility=hidden", "-pthread", "-fno-math-errno",
+    # Python's own flags may say -fwrapv: nothing here wraps, and decode would be a tenth slower.
+    flags = ["-std=gnu11", "-fvisibility=hidden", "-pthread", "-fno-math-errno", "-fno-wrapv",
              "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow", "-Wconversion"]
     flags += ["-O1", "-g", "-UNDEBUG"] if switch("SINKATTN_DEBUG") else ["-O3", "-DNDEBUG"]
     if switch("SINKATTN_WERROR"):
@@ -56,8 +57,8 @@ def common_flags():
 def instrument_flags():
     flags = []
     if sanitize := os.environ.get("SINKATTN_SANITIZE"):
-        # Python's own flags may say -fwrapv, which hides overflows from the sanitizer.
-        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-wrapv",
+        # Without -fwrapv, which hides overflows from the sanitizer.
+        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all",
                   "-fno-omit-frame-pointer", "-g"]
     if switch("SINKATTN_COVERAGE"):
         flags += ["--coverage"]

@@ -35,10 +35,12 @@ def accepts(compiler, flags, macro):
     return done.returncode == 0
 
 
-def compile_core(folder, compiler="gcc", flags=SANITIZE, watched=()):
-    """Objects of csrc/core and csrc/cpu; `watched` are flags for all but the slow reference."""
+def compile_core(folder, compiler="gcc", flags=SANITIZE, watched=(), without=()):
+    """Objects of csrc/core and csrc/cpu; `watched` are flags for all but the slow reference, `without`
+    names kernel sources that are left out."""
     known = kernel_flags()
-    kernels = {name: isa for name, (isa, macro) in known.items() if accepts(compiler, isa, macro)}
+    kernels = {name: isa for name, (isa, macro) in known.items()
+               if name not in without and accepts(compiler, isa, macro)}
     have = [f"-DSA_HAVE_{name[len('attend_'):-2].upper()}" for name in kernels]
     sources = [p for part in ("core", "cpu") for p in sorted((ROOT / "csrc" / part).glob("*.c"))
                if p.name not in known or p.name in kernels]

@@ -25,12 +25,29 @@
  *      all rows, keys in memory order, a page                                  53 of 69); where the host gives 45 GB/s 85 % of it and more
  *      asked for before it is read; workers    bf16 13 ms, 667 GFLOP/s (56 ms); 4 pinned + window 256, N 2048, fp32: 8.0 ms (94 ms)
  *      keep off the caller's processor
+ *   One thread, where the host lets a core read 41 GB/s whatever its neighbours do (two threads: 45 or 78 GB/s by the minute), share of the
+ *   read of the same run; `bench --suite decode,cache --threads 1`:   N 4096, N 32768 fp32    bf16       SinkCache step 4 + 4092, fp32 / bf16
+ *   v4                                                                69 %, 69 %              67, 70 %   70 / 64 %
+ *   v5 keys' lines asked for one a turn of a loop, values' with       80 %, 79 %              79, 80 %   85 / 80 %
+ *      each load, no page touched ahead, -fno-wrapv
+ *   v6 values asked for during softmax as well                        79 %, -                 81, -      84 / 84 %
+ *   Two threads, v4 -> v6, medians of calls over medians of reads between them, all builds in one process (the host gave 46 to 51 GB/s):
+ *   N 4096 fp32 80 -> 94 %, bf16 86 -> 93 %; N 32768 bf16 83 -> 89 %; step fp32 83 -> 100 %, bf16 85 -> 92 %; N 32768 fp32 78 -> 94 %
+ *   there, and 70 -> 80 % in a minute when the host gave 76 GB/s.
  * Limited by: prefill by FMA (72 % of its peak, bf16 62 % of the dot products'); decode by how many lines a core keeps on their way: with all of
  * K and V in the second level a key of 4 heads costs 39 cycles in fp32 and 30 in bf16, against 105 and 52 for its bytes at 80 GB/s.
+ * What is left of one thread's 20 %: values, whose lines come slower than the keys', and the start of each stream. Decode feels how its prefetches
+ * are compiled: 32 unrolled before the keys that they hide 80 %, the same in a loop 97 %, with keys alone.
  * Tried and lost: no prefetch at all (the processor's own prefetchers do not cross a page while the sums are computed: 31 %), prefetch into the
- * second level, a whole block ahead, four keys at a time against four rows.
- * On Intel vdpbf16ps runs at half the arithmetic of fp32 FMA, so bf16 is widened there, or goes through AMX tiles: right on a Xeon that has
- * them, not timed yet.
+ * second level, a whole block ahead, four keys at a time against four rows; K of a block beside V of the one before (both streams at once: 91 %
+ * where nothing is computed, 72 % where it is), four rows by half the columns of values (bf16 76 % instead of 80), pieces of 8 and 32 blocks,
+ * other distances than 6 KiB (4 KiB: bf16 74 %; 8 KiB: fp32 77 %), lines kept in the first level (the same), values' lines in a loop of their own
+ * before each 4, 8 or 16 values (77, 68, 63 %) or with both pairs of rows (76 %), keys' lines with each load (77 %).
+ * On Intel vdpbf16ps runs at half the arithmetic of fp32 FMA, so bf16 is widened there, or goes through AMX tiles. Intel Xeon with AMX, 16
+ * processors (beside an H200), 2026-11-25, 16 threads, medians: causal, 8 heads, N 2048, bf16: table amx 3.5 ms, 2463 GFLOP/s (12 % of what its
+ * tiles multiply in that run), avx512 7.7 ms, avx512bf16 13.3 ms; gradients 8.5 ms; beside torch in one process 4.9 ms (9.4 ms), fp32 13.1 ms
+ * (27.2 ms). Decode 32/8, D 128, is far from memory there: N 4096 fp32 63 of 134 GB/s, N 32768 67 of 124, bf16 67 of 128; before v6 51 of 121,
+ * 59 of 120, 59 of 121 in another run. Not known why; other kinds of prefetch were not tried there.
  */
 #ifndef SA_KERNEL_ATTEND_H
 #define SA_KERNEL_ATTEND_H
@@ -184,19 +201,22 @@ static void block_direct(const span *s, const sa_run *run, int64_t begin, sa_ran
     const int64_t size = sa_dtype_size(p->dtype), next_key = key + BLOCK_KEYS * run->key_stride;
     const int64_t key_step = run->key_stride * size, value_step = run->value_stride * size;
     const char *first_key = sa_at(run->key, p->dtype, key), *first_value = sa_at(run->value, p->dtype, value);
-    const direct_rows keys = {first_key, first_value, key_step, value_step, need.low, need.high};
-    const direct_rows values = {first_value, sa_at(run->key, p->dtype, next_key), value_step, key_step, need.low, need.high};
+    const int64_t lead = AHEAD_BYTES / (p->depth * size), value_bytes = p->depth_v * size, each = SOFTMAX_BYTES / value_bytes;
+    const direct_rows keys = {first_key, first_value + need.low * value_step, key_step, value_step, need.low, need.high, lead};
+    const direct_rows values = {first_value, sa_at(run->key, p->dtype, next_key), value_step, key_step, need.low, need.high,
+                                lead + s->rows * each};
     const int64_t low = need.low / LANES * LANES, high = round_up(need.high, LANES);
-    score_direct(p->dtype, s->pairs, query_for(s, run), s->query_stride, s->rows, &keys, p->depth, s->scores);
+    score_direct(p->dtype, s->pairs, query_for(s, run), s->rows, &keys, p->depth, s->scores);
     for (int64_t r = 0; r < s->rows; r++) {
         float *scores = s->scores + r * SCORE_STRIDE;
+        prefetch_rows(&values, need.low + lead + r * each, each, value_bytes);
         if (is_plain(s, run) && sees_all(s, run, r, 1, begin)) {
             softmax_row_plain(s, r, scores, NULL);
         } else {
             softmax_row(s, run, r, begin, row_columns(s, run, r, begin), low, high, scores, NULL);
         }
     }
-    add_values_direct(p->dtype, s->scores, s->rows, &values, p->depth_v, s->acc, s->acc_stride);
+    add_values_direct(p->dtype, s->scores, s->rows, &values, p->depth_v, s->acc);
 }
 
 /* Blocks first .. last - 1 of the span's visible ones, counted over all runs. */

@@ -281,40 +281,56 @@ static pack_function value_packer(sa_dtype dtype, bool pairs)
 /* Keys or values of one block, where they lie. `next` is row 0 of what is read after them: values after keys, the next block's keys after
  * values, so that what is asked for early goes on across that border. */
 typedef struct direct_rows {
-    const char *data, *next;      /* row 0 of the block */
-    int64_t stride, next_stride;  /* bytes */
+    const char *data, *next;     /* row 0 of the block, the first row that is read after it */
+    int64_t stride, next_stride; /* bytes */
     int64_t low, high;
+    int64_t lead; /* rows from the one that is read to the one that is asked for */
 } direct_rows;
 
-/* Memory never waits for arithmetic: with every row that is read the one AHEAD_BYTES away is asked for, past the second level, and of every
- * page one line while it is PAGES_AHEAD away, since the first touch of a page also waits for its address. */
-enum { AHEAD_BYTES = 6144, PAGE_BYTES = 4096, PAGES_AHEAD = 6 };
+/* Memory never waits for arithmetic: with every row that is read the one about AHEAD_BYTES away is asked for, past the second level. Softmax
+ * reads none: it asks for about SOFTMAX_BYTES of values a row, and values keep that lead. */
+enum { AHEAD_BYTES = 6144, SOFTMAX_BYTES = 512 };
 
 VEC_INLINE int64_t bytes_of(sa_dtype dtype, int64_t count)
 {
     return dtype == SA_F32 ? 4 * count : 2 * count;
 }
 
-VEC_INLINE const char *row_ahead(const direct_rows *rows, int64_t row)
+/* The row to ask for with row `row`, whose bytes are at `at`; *step: from there to the next one. */
+VEC_INLINE const char *row_ahead(const direct_rows *rows, const char *at, int64_t row, int64_t *step)
 {
-    return row < rows->high ? rows->data + row * rows->stride : rows->next + (row - rows->high) * rows->next_stride;
+    const bool inside = row + rows->lead < rows->high;
+    *step = inside ? rows->stride : rows->next_stride;
+    return inside ? at + rows->lead * rows->stride : rows->next + (row + rows->lead - rows->high) * rows->next_stride;
 }
 
-VEC_INLINE void prefetch_ahead(const direct_rows *rows, int64_t row, int64_t bytes)
+static void prefetch_rows(const direct_rows *rows, int64_t row, int64_t count, int64_t bytes)
 {
-    const char *soon = row_ahead(rows, row + AHEAD_BYTES / bytes);
-#pragma GCC unroll 8
-    for (int64_t byte = 0; byte < bytes; byte += 64) {
-        __builtin_prefetch(soon + byte, 0, 0);
+    const int64_t end = min_i64(row + count, rows->high);
+    for (; row < end; row++) {
+        for (int64_t byte = 0; byte < bytes; byte += 64) {
+            __builtin_prefetch(rows->data + row * rows->stride + byte, 0, 0);
+        }
     }
-    if ((row * bytes & (PAGE_BYTES - 1)) < bytes) {
-        __builtin_prefetch(row_ahead(rows, row + PAGES_AHEAD * PAGE_BYTES / bytes), 0, 0);
+}
+
+/* Asks for four rows, a line with each turn of a loop that must stay one: unrolled, the requests come faster than a core takes them, and a
+ * fifth of the bandwidth is gone. */
+VEC_INLINE void prefetch_four(const direct_rows *rows, const char *at, int64_t row, int64_t bytes)
+{
+    int64_t step;
+    const char *soon = row_ahead(rows, at, row, &step);
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < 4; i++, soon += step) {
+#pragma GCC unroll 1
+        for (int64_t byte = 0; byte < bytes; byte += 64) {
+            __builtin_prefetch(soon + byte, 0, 0);
+        }
     }
 }
 
 /* scores[rows, 4] = query rows . keys; depth is a multiple of the step. */
-VEC_INLINE void dot_tile(sa_dtype dtype, bool pairs, int rows, const float *query, int64_t query_stride, const void *const keys[4],
-                         int64_t depth, float *scores)
+VEC_INLINE void dot_tile(sa_dtype dtype, bool pairs, int rows, const float *query, const char *const keys[4], int64_t depth, float *scores)
 {
     vec_f32 sum[DIRECT_TILE_ROWS][4];
 #pragma GCC unroll 4
@@ -329,10 +345,10 @@ VEC_INLINE void dot_tile(sa_dtype dtype, bool pairs, int rows, const float *quer
     for (int k = 0; k < 4; k++) { /* one key after the other, as they lie in memory */
 #pragma GCC unroll 8
         for (int64_t word = 0; word < words; word += LANES) {
-            const vec_f32 key = pairs ? vec_load((const float *)keys[k] + word) : load_lanes(dtype, keys[k], word);
+            const vec_f32 key = pairs ? vec_load((const float *)(const void *)keys[k] + word) : load_lanes(dtype, keys[k], word);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-                const vec_f32 q = vec_load(query + r * query_stride + word);
+                const vec_f32 q = vec_load(query + r * depth + word);
 #ifdef VEC_BF16_DOT
                 sum[r][k] = pairs ? vec_dot_bf16(q, key, sum[r][k]) : vec_fma(q, key, sum[r][k]);
 #else
@@ -347,36 +363,47 @@ VEC_INLINE void dot_tile(sa_dtype dtype, bool pairs, int rows, const float *quer
     }
 }
 
-VEC_INLINE void score_rows(sa_dtype dtype, bool pairs, bool first, int rows, const float *query, int64_t query_stride,
-                           const direct_rows *where, int64_t depth, float *scores)
+VEC_INLINE void score_rows(sa_dtype dtype, bool pairs, bool first, int rows, const float *query, const direct_rows *where, int64_t depth,
+                           float *scores)
 {
     const direct_rows copy = *where, *keys = &copy; /* nothing that is stored can change it */
-    for (int64_t key = keys->low; key < keys->high; key += 4) {
-        const void *four[4];
-        for (int64_t i = 0; i < 4; i++) {
-            four[i] = keys->data + min_i64(key + i, keys->high - 1) * keys->stride;
-            if (first) {
-                prefetch_ahead(keys, key + i, bytes_of(dtype, depth));
-            }
+    const char *row = keys->data + keys->low * keys->stride;
+    for (int64_t key = keys->low; key < keys->high; key += 4, row += 4 * keys->stride) {
+        const int64_t left = keys->high - key;
+        const char *second = left > 1 ? row + keys->stride : row, *third = left > 2 ? second + keys->stride : second;
+        const char *const four[4] = {row, second, third, left > 3 ? third + keys->stride : third};
+        if (first) {
+            prefetch_four(keys, row, key, bytes_of(dtype, depth));
         }
-        dot_tile(dtype, pairs, rows, query, query_stride, four, depth, scores + key);
+        dot_tile(dtype, pairs, rows, query, four, depth, scores + key);
     }
 }
 
-VEC_INLINE void score_direct_as(sa_dtype dtype, bool pairs, const float *query, int64_t query_stride, int64_t rows,
-                                const direct_rows *keys, float *scores, int64_t depth)
+VEC_INLINE void score_direct_as(sa_dtype dtype, bool pairs, const float *query, int64_t rows, const direct_rows *keys, float *scores,
+                                int64_t depth)
 {
-    for (int64_t r = 0; r < rows;) {
-        const float *from = query + r * query_stride;
+    int64_t r = 0;
+    if (DIRECT_TILE_ROWS >= 4 && rows >= 4) {
+        score_rows(dtype, pairs, true, DIRECT_TILE_ROWS, query, keys, depth, scores);
+        r = DIRECT_TILE_ROWS;
+    } else if (rows >= 2) {
+        score_rows(dtype, pairs, true, 2, query, keys, depth, scores);
+        r = 2;
+    } else {
+        score_rows(dtype, pairs, true, 1, query, keys, depth, scores);
+        r = 1;
+    }
+    for (; r < rows;) {
+        const float *from = query + r * depth;
         float *to = scores + r * SCORE_STRIDE;
         if (DIRECT_TILE_ROWS >= 4 && rows - r >= 4) {
-            score_rows(dtype, pairs, r == 0, DIRECT_TILE_ROWS, from, query_stride, keys, depth, to);
+            score_rows(dtype, pairs, false, DIRECT_TILE_ROWS, from, keys, depth, to);
             r += DIRECT_TILE_ROWS;
         } else if (rows - r >= 2) {
-            score_rows(dtype, pairs, r == 0, 2, from, query_stride, keys, depth, to);
+            score_rows(dtype, pairs, false, 2, from, keys, depth, to);
             r += 2;
         } else {
-            score_rows(dtype, pairs, r == 0, 1, from, query_stride, keys, depth, to);
+            score_rows(dtype, pairs, false, 1, from, keys, depth, to);
             r += 1;
         }
     }
@@ -392,24 +419,23 @@ VEC_INLINE void score_direct_as(sa_dtype dtype, bool pairs, const float *query, 
         }                                           \
     } while (0)
 
-static void score_direct(sa_dtype dtype, bool pairs, const float *query, int64_t query_stride, int64_t rows, const direct_rows *keys,
-                         int64_t depth, float *scores)
+static void score_direct(sa_dtype dtype, bool pairs, const float *query, int64_t rows, const direct_rows *keys, int64_t depth, float *scores)
 {
     switch (dtype) {
-    case SA_F32: WITH_DEPTH(score_direct_as, depth, SA_F32, false, query, query_stride, rows, keys, scores); break;
-    case SA_F16: WITH_DEPTH(score_direct_as, depth, SA_F16, false, query, query_stride, rows, keys, scores); break;
+    case SA_F32: WITH_DEPTH(score_direct_as, depth, SA_F32, false, query, rows, keys, scores); break;
+    case SA_F16: WITH_DEPTH(score_direct_as, depth, SA_F16, false, query, rows, keys, scores); break;
     default:
         if (pairs) {
-            WITH_DEPTH(score_direct_as, depth, SA_BF16, true, query, query_stride, rows, keys, scores);
+            WITH_DEPTH(score_direct_as, depth, SA_BF16, true, query, rows, keys, scores);
         } else {
-            WITH_DEPTH(score_direct_as, depth, SA_BF16, false, query, query_stride, rows, keys, scores);
+            WITH_DEPTH(score_direct_as, depth, SA_BF16, false, query, rows, keys, scores);
         }
     }
 }
 
 /* acc[rows, vecs * LANES] += weights[rows, low .. high - 1] * values[low .. high - 1, column ..] */
 VEC_INLINE void add_values_tile(sa_dtype dtype, bool first, int rows, int vecs, const float *weights, const direct_rows *where, int64_t low,
-                                int64_t high, int64_t depth, int64_t column, float *acc, int64_t acc_stride)
+                                int64_t high, int64_t column, float *acc, int64_t acc_stride)
 {
     const direct_rows copy = *where, *values = &copy;
     vec_f32 sum[2][DIRECT_TILE_VECS];
@@ -420,18 +446,20 @@ VEC_INLINE void add_values_tile(sa_dtype dtype, bool first, int rows, int vecs, 
             sum[r][v] = vec_load(acc + r * acc_stride + column + v * LANES);
         }
     }
-    for (int64_t key = low; key < high; key++) {
-        const char *row = values->data + key * values->stride;
+    const char *row = values->data + low * values->stride;
+    for (int64_t key = low; key < high; key++, row += values->stride) {
         vec_f32 weight[2];
-        if (first) {
-            prefetch_ahead(values, key, bytes_of(dtype, depth));
-        }
+        int64_t step;
+        const char *soon = row_ahead(values, row, key, &step);
 #pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
             weight[r] = vec_set1(weights[r * SCORE_STRIDE + key]);
         }
 #pragma GCC unroll 8
         for (int v = 0; v < vecs; v++) {
+            if (first && bytes_of(dtype, v * LANES) % 64 == 0) {
+                __builtin_prefetch(soon + bytes_of(dtype, column + v * LANES), 0, 0);
+            }
             const vec_f32 value = load_lanes(dtype, row, column + v * LANES);
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++) {
@@ -453,43 +481,47 @@ VEC_INLINE void add_values_rows(sa_dtype dtype, bool first, int rows, const floa
 {
     int64_t column = 0;
     for (; depth - column >= DIRECT_TILE_VECS * LANES; column += DIRECT_TILE_VECS * LANES) {
-        add_values_tile(dtype, first && column == 0, rows, DIRECT_TILE_VECS, weights, values, low, high, depth, column, acc, acc_stride);
+        add_values_tile(dtype, first, rows, DIRECT_TILE_VECS, weights, values, low, high, column, acc, acc_stride);
     }
     for (; depth - column >= 4 * LANES; column += 4 * LANES) {
-        add_values_tile(dtype, first && column == 0, rows, 4, weights, values, low, high, depth, column, acc, acc_stride);
+        add_values_tile(dtype, first, rows, 4, weights, values, low, high, column, acc, acc_stride);
     }
     for (; column < depth; column += LANES) {
-        add_values_tile(dtype, first && column == 0, rows, 1, weights, values, low, high, depth, column, acc, acc_stride);
+        add_values_tile(dtype, first, rows, 1, weights, values, low, high, column, acc, acc_stride);
     }
 }
 
 /* A few values at a time for all rows, so that the second pair of rows finds them in the first level. */
 enum { VALUE_STEP = 16 };
 
-VEC_INLINE void add_values_as(sa_dtype dtype, const float *weights, int64_t rows, const direct_rows *values, float *acc, int64_t acc_stride,
-                              int64_t depth)
+VEC_INLINE void add_values_as(sa_dtype dtype, const float *weights, int64_t rows, const direct_rows *values, float *acc, int64_t depth)
 {
+    const int64_t acc_stride = round_up(depth, TILE_COLUMNS);
     for (int64_t low = values->low; low < values->high; low += VALUE_STEP) {
         const int64_t high = min_i64(low + VALUE_STEP, values->high);
-        for (int64_t r = 0; r < rows; r += 2) {
+        if (rows == 1) {
+            add_values_rows(dtype, true, 1, weights, values, low, high, depth, acc, acc_stride);
+            continue;
+        }
+        add_values_rows(dtype, true, 2, weights, values, low, high, depth, acc, acc_stride);
+        for (int64_t r = 2; r < rows; r += 2) {
             const float *from = weights + r * SCORE_STRIDE;
             float *to = acc + r * acc_stride;
             if (rows - r >= 2) {
-                add_values_rows(dtype, r == 0, 2, from, values, low, high, depth, to, acc_stride);
+                add_values_rows(dtype, false, 2, from, values, low, high, depth, to, acc_stride);
             } else {
-                add_values_rows(dtype, r == 0, 1, from, values, low, high, depth, to, acc_stride);
+                add_values_rows(dtype, false, 1, from, values, low, high, depth, to, acc_stride);
             }
         }
     }
 }
 
-static void add_values_direct(sa_dtype dtype, const float *weights, int64_t rows, const direct_rows *values, int64_t depth, float *acc,
-                              int64_t acc_stride)
+static void add_values_direct(sa_dtype dtype, const float *weights, int64_t rows, const direct_rows *values, int64_t depth, float *acc)
 {
     switch (dtype) {
-    case SA_F32: WITH_DEPTH(add_values_as, depth, SA_F32, weights, rows, values, acc, acc_stride); break;
-    case SA_F16: WITH_DEPTH(add_values_as, depth, SA_F16, weights, rows, values, acc, acc_stride); break;
-    default: WITH_DEPTH(add_values_as, depth, SA_BF16, weights, rows, values, acc, acc_stride); break;
+    case SA_F32: WITH_DEPTH(add_values_as, depth, SA_F32, weights, rows, values, acc); break;
+    case SA_F16: WITH_DEPTH(add_values_as, depth, SA_F16, weights, rows, values, acc); break;
+    default: WITH_DEPTH(add_values_as, depth, SA_BF16, weights, rows, values, acc); break;
     }
 }
 

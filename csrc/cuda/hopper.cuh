@@ -40,6 +40,7 @@ struct group_tile {
 
     /* what is done with it: runs of the pinned keys and of the others, -1 for none, and their whole slices */
     int pinned, plain, pinned_whole, whole;
+    int filled;                       /* are all rows real? */
     int slices;                       /* of the consumers, at least one; -1 after the last tile */
     int few_pinned;                   /* are there so few that a small box holds them? */
     int merged;                       /* is there a last slice of few pinned keys and of what whole slices leave? */
@@ -48,6 +49,7 @@ struct group_tile {
     int pinned_edge, pinned_end;      /* the same of the pinned keys, from the first of them on */
     int64_t widest;                   /* window of the group's heads */
     range seen_by_row, pinned_by_row; /* tokens that some query of the row sees: by a window, or as pinned ones */
+    uint32_t removed;                 /* pinned keys that a bias removes for the whole group, a bit for each */
 };
 
 /* What the consumers have to know of a slice. */
@@ -110,6 +112,7 @@ __device__ __forceinline__ void fill_group_tile(const sa_cuda_problem &p, const 
         t.kv_head = kv_head;
         t.rows = all_tokens * group;
         t.real = real * group;
+        t.filled = real == tokens;
         t.widest = wide;
     }
     __syncwarp();

@@ -57,10 +57,7 @@ template <typename F> struct finder {
 
     __device__ __forceinline__ void publish(cursor &tiles)
     {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-            barrier_arrive(&s.tile_full[tiles.stage]);
-        }
+        barrier_arrive(&s.tile_full[tiles.stage]); /* every lane: one in the name of a warp is no order to racecheck */
         tiles.step<hopper_tiles>();
     }
 
@@ -79,6 +76,9 @@ template <typename F> struct finder {
                 break;
             }
             if (find_group_tile(p, unit, F::rows / p.group, t)) {
+                const int key = threadIdx.x % 32;
+                const bool removed = F::featured && key < p.pinned && is_removed(p, t.kv_head, key);
+                t.removed = F::featured ? __ballot_sync(~0u, removed) : 0;
                 if (threadIdx.x % 32 == 0) {
                     cut(t);
                     find_seen(t);
@@ -96,6 +96,7 @@ template <typename F> struct copier {
     int lane;
     cursor at;
     range seen, pinned; /* tokens that some query of the row sees */
+    uint32_t removed;   /* but for these of the pinned ones */
 
     __device__ __forceinline__ void panels(const sa_cuda_map &map, uint32_t target, uint64_t *barrier, int count, int a, int b, int c)
     {
@@ -107,7 +108,10 @@ template <typename F> struct copier {
     /* Keys that no query of the row sees may hold anything, and 0 times anything is not 0: such values are cleared. */
     __device__ __forceinline__ bool is_seen(int64_t token) const
     {
-        return (token >= seen.low && token < seen.high) || (token >= pinned.low && token < pinned.high);
+        if (token >= pinned.low && token < pinned.high) {
+            return removed == 0 || (removed >> (token - pinned.low) & 1) == 0;
+        }
+        return token >= seen.low && token < seen.high;
     }
 
     /* Are some of these tokens of the tensor such? May say so of others. */
@@ -115,6 +119,9 @@ template <typename F> struct copier {
     {
         const int64_t begin = most(token, 0), end = least(token + count, call.problem.kv_length);
         const bool joined = pinned.high >= seen.low && begin >= least(pinned.low, seen.low) && end <= most(seen.high, pinned.high);
+        if (removed != 0 && begin < pinned.high && end > pinned.low) {
+            return true;
+        }
         return begin < end && !joined && !(begin >= seen.low && end <= seen.high) && !(begin >= pinned.low && end <= pinned.high);
     }
 
@@ -140,7 +147,7 @@ template <typename F> struct copier {
         barrier_wait(&s.keys_free[at.stage], at.parity ^ 1);
         if (lane == 0) {
             const range all = t.all[run_index];
-            const bool held = run_index == t.pinned, masked = first < all.low || first + F::keys > all.high;
+            const bool held = run_index == t.pinned, masked = first < all.low || first + F::keys > all.high || (F::featured && !t.filled);
             s.notes[at.stage] = {(int)(held ? first : first - t.high), held, !held, masked, F::featured && held && has_second_query(call.problem)};
             barrier_expect(&s.keys_full[at.stage], F::key_bytes);
             panels(call.key, memory + F::key_ring + at.stage * F::key_bytes, &s.keys_full[at.stage], F::key_panels, (int)token, head, batch);
@@ -245,12 +252,10 @@ template <typename F> struct copier {
             }
             seen = t.seen_by_row;
             pinned = t.pinned_by_row;
+            removed = t.removed;
             queries(t, loads);
             slices(t);
-            __syncwarp();
-            if (lane == 0) {
-                barrier_arrive(&s.tile_free[tiles.stage]);
-            }
+            barrier_arrive(&s.tile_free[tiles.stage]);
             tiles.step<hopper_tiles>();
         }
     }

@@ -252,17 +252,20 @@ template <typename T, typename F> struct consumer {
     __device__ __forceinline__ void score(const group_tile &t, const slice_note &note, float (&scores)[F::keys / 2])
     {
         if (F::featured) {
+            if (note.masked && p.softcap > 0.0f) {
+                hide(t, note, scores, 0.0f); /* which way cap() goes is not for what nobody sees */
+            }
             const bool held = note.pinned, both = held && note.plain;
             shape<F::keys, 0, few / 8>(t, held ? t.pinned_edge : t.edge, both ? 0 : note.first, held, scores);
             shape<F::keys, few / 8, F::keys / 8>(t, note.plain ? t.edge : t.pinned_edge, note.first + few, false, scores);
         }
         if (note.masked) {
-            hide(t, note, scores);
+            hide(t, note, scores, -infinity);
         }
     }
 
     /* Hides what a row does not see of a slice. */
-    __device__ __forceinline__ void hide(const group_tile &t, const slice_note &note, float (&scores)[F::keys / 2])
+    __device__ __forceinline__ void hide(const group_tile &t, const slice_note &note, float (&scores)[F::keys / 2], float hidden)
     {
         const int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -280,7 +283,7 @@ template <typename T, typename F> struct consumer {
 #pragma unroll
             for (int i = 0; i < F::keys / 4; i++) {
                 float &x = scores[i / 2 * 4 + 2 * half + i % 2];
-                x = seen & 1u << i ? x : -infinity;
+                x = seen & 1u << i ? x : hidden;
             }
         }
     }
@@ -367,8 +370,7 @@ template <typename T, typename F> struct consumer {
             pin(values);
             release(&s.values_free[before.stage]);
             write_rows(s.tiles[tile_before], last, values);
-            __syncwarp();
-            release(&s.tile_free[tile_before]);
+            barrier_arrive(&s.tile_free[tile_before]);
         } else {
             products_wait<0>();
             pin(values);

@@ -124,14 +124,11 @@ __device__ __forceinline__ void load_slice(const sa_cuda_problem &p, const tile<
 template <typename S>
 __device__ __noinline__ void clear_removed(const sa_cuda_problem &p, const tile<S::rows> &t, int slice, int run, char *values)
 {
-    const int64_t group = p.heads_q / p.heads_kv, first = first_key<S>(t, slice, run);
+    const int64_t first = first_key<S>(t, slice, run);
     const int count = (int)least(S::keys, t.seen[run].high - first);
     for (int key = threadIdx.x; key < count; key += S::threads) {
-        bool alive = false;
-        for (int64_t head = t.kv_head * group; head < (t.kv_head + 1) * group; head++) {
-            alive = alive || number_at(p.sink_bias, head, t.list.runs[run].position + first + key) != -infinity;
-        }
-        for (int piece = 0; piece < (alive ? 0 : S::depth / 8); piece++) {
+        const bool removed = is_removed(p, t.kv_head, t.list.runs[run].position + first + key);
+        for (int piece = 0; piece < (removed ? S::depth / 8 : 0); piece++) {
             *(uint4 *)(values + piece_at<S::depth>(key, piece)) = make_uint4(0, 0, 0, 0);
         }
     }

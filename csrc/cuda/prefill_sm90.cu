@@ -57,8 +57,8 @@ template <typename F> __device__ __forceinline__ void begin_barriers(hopper_stat
             barrier_init(&s.values_free[i], F::warps);
         }
         for (int i = 0; i < hopper_tiles; i++) {
-            barrier_init(&s.tile_full[i], 1);
-            barrier_init(&s.tile_free[i], F::warps + 1);
+            barrier_init(&s.tile_full[i], 32);
+            barrier_init(&s.tile_free[i], 32 * (F::warps + 1));
         }
         for (int i = 0; i < F::query_tiles; i++) {
             barrier_init(&s.queries_full[i], 1);
@@ -80,7 +80,7 @@ template <typename T, typename F> __device__ __forceinline__ void prefill_hopper
     if (threadIdx.x < 128) {
         leave_registers<F::groups == 2 ? 40 : 32>();
         if (threadIdx.x < 32) {
-            copier<F> one = {call, s, elements, (int)threadIdx.x, {}, {}, {}};
+            copier<F> one = {call, s, elements, (int)threadIdx.x, {}, {}, {}, 0};
             one.run_all();
         } else if (threadIdx.x < 64) {
             finder<F> one = {call.problem, s};

@@ -113,6 +113,16 @@ __device__ __forceinline__ int64_t window_of(const sa_cuda_problem &p, int64_t h
     return width <= 0 ? no_window : least(width, no_window);
 }
 
+/* Is a pinned key removed by a bias of -inf for every head of its group? Nobody sees it then. */
+__device__ __noinline__ bool is_removed(const sa_cuda_problem &p, int64_t kv_head, int64_t key)
+{
+    bool removed = p.sink_bias.given;
+    for (int64_t head = kv_head * p.group; removed && head < (kv_head + 1) * p.group; head++) {
+        removed = number_at(p.sink_bias, head, key) == -infinity;
+    }
+    return removed;
+}
+
 /* logsumexp of a head's sink logits in log2 units, -inf for none. */
 __device__ __forceinline__ float sink_of(const sa_cuda_problem &p, int64_t head)
 {

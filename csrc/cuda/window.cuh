@@ -30,7 +30,7 @@ struct stretch {
 /* Everything in shared memory but the elements. */
 struct window_state {
     uint64_t full[SA_WINDOW_BUNDLES(64)], free[SA_WINDOW_BUNDLES(64)];
-    uint64_t stretch_full, stretch_free;
+    uint64_t stretch_full, stretch_free, pinned_full;
     stretch now;                                 /* no tiles: the end */
     float sink[group_limit], slope[group_limit]; /* log2 units */
     float bias[SA_WINDOW_BIASES];                /* [group, pinned], log2 units */

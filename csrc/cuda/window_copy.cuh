@@ -39,8 +39,10 @@ __device__ __forceinline__ void begin_stretch(const sa_cuda_problem &p, const st
     const uint32_t offset = bundle_offset<depth>(bundle * 128);
     copy_bundle<depth>(element(p.key, s.batch, s.head, s.key_begin + row, 2) + piece * 16, p.key.token * 2, row, 0, s.pinned,
                        piece * 8 < p.depth, m.pinned_keys + offset, 0);
-    copy_bundle<depth>(element(p.value, s.batch, s.head, s.key_begin + row, 2) + piece * 16, p.value.token * 2, row, 0, s.pinned,
-                       piece * 8 < p.depth_v, m.pinned_values + offset, 0);
+    for (int i = 0; i < bundle; i += copying_threads / (depth / 8)) {
+        const bool copied = row + i < s.pinned && piece * 8 < p.depth_v && !is_removed(p, s.head, row + i);
+        copy_or_clear_16(m.pinned_values + offset + i * 128, element(p.value, s.batch, s.head, s.key_begin + row + i, 2) + piece * 16, copied);
+    }
     if (thread == 0) {
         state.now = s;
     }
@@ -52,7 +54,7 @@ __device__ __forceinline__ void begin_stretch(const sa_cuda_problem &p, const st
         state.bias[i] = number_at(p.sink_bias, s.head * p.group + i / p.pinned, i % p.pinned) * log2e;
     }
     barrier_arrive(&state.stretch_full);
-    barrier_arrive_copied(&state.stretch_full);
+    barrier_arrive_copied(&state.pinned_full);
 }
 
 template <int depth, int keys> __device__ void copy_stretches(const sa_cuda_problem &p, window_state &state, const window_memory<depth> &m)
@@ -68,7 +70,7 @@ template <int depth, int keys> __device__ void copy_stretches(const sa_cuda_prob
         if (s.tiles == 0) {
             break;
         }
-        const int64_t low = most(0, s.position - p.common_window + 1);
+        const int64_t low = most(s.pinned, s.position - p.common_window + 1); /* pinned keys are not seen from here */
         int64_t line = s.origin + row;
         const char *key = element(p.key, s.batch, s.head, s.key_begin + line, 2) + piece * 16;
         const char *value = element(p.value, s.batch, s.head, s.key_begin + line, 2) + piece * 16;

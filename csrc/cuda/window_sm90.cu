@@ -308,7 +308,8 @@ __device__ __forceinline__ void decorate(const sa_cuda_problem &p, const stretch
             const float distance = fabsf((float)(s.position + of.token - at));
             more[i] = cap(p, more[i]) - slope * distance;
             if (p.sink_bias.given && at < p.pinned) {
-                more[i] += state.bias[of.head * (int)p.pinned + at];
+                const float bias = state.bias[of.head * (int)p.pinned + at];
+                more[i] = bias == -infinity ? -infinity : more[i] + bias;
             }
         }
     }
@@ -436,6 +437,7 @@ __device__ void multiply_stretches(const sa_cuda_problem &p, window_state &state
     ring_hold hold = {};
     for (uint32_t parity = 0;; parity ^= 1) {
         barrier_wait(&state.stretch_full, parity);
+        barrier_wait(&state.pinned_full, parity);
         const stretch &s = state.now;
         if (s.tiles == 0) {
             break;
@@ -456,7 +458,8 @@ template <typename T, int depth, int keys> __device__ __forceinline__ void prefi
             barrier_init(&state.full[i], copying_threads);
             barrier_init(&state.free[i], window_warps);
         }
-        barrier_init(&state.stretch_full, 2 * copying_threads);
+        barrier_init(&state.stretch_full, copying_threads);
+        barrier_init(&state.pinned_full, copying_threads);
         barrier_init(&state.stretch_free, 32 * window_warps);
         fence_async();
     }

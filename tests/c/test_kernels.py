@@ -419,14 +419,17 @@ def test_narrow_windows_on_hopper(library, case):
     assert call.plan.path.startswith(b"prefill_window")
 
 
-def test_narrow_windows_keep_out_what_nobody_sees(library):
+@pytest.mark.parametrize("queries", [40, 250], ids=["past", "all"])
+def test_narrow_windows_keep_out_what_nobody_sees(library, queries):
     random = np.random.default_rng(4)
-    q = normal(random, 1, 4, 40, 64, dtype="float16")
+    q = normal(random, 1, 4, queries, 64, dtype="float16")
     k, v = (normal(random, 1, 1, 300, 64, dtype="float16") for _ in range(2))
-    arguments = {"window": 50, "sinks": 4, "lengths": np.array([260])}
+    arguments = {"window": 50, "sinks": 4, "lengths": np.array([260]), "sink_bias": np.zeros((4, 4))}
+    arguments["sink_bias"][:, 2] = arguments["sink_bias"][1, 0] = -np.inf
     expected = reference.attend(q, k, v, return_lse=True, **arguments)
     seen = np.zeros(300, bool)
-    seen[:4] = seen[260 - 40 - 49:260] = True
+    seen[[0, 1, 3]] = True
+    seen[max(260 - queries - 49, 4):260] = True
     k[:, :, ~seen], v[:, :, ~seen] = np.nan, np.inf
     call = emulated.Call(q, k, v, want_mass=False, **arguments)
     check(call.run(library, emulated.H200_PRODUCTS), expected, "float16")

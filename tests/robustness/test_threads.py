@@ -103,6 +103,41 @@ for _ in range(20):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12) or native.INSTRUMENTED, reason="interpreters share one GIL switch from 3.12 on")
+def test_an_interpreter_that_alone_has_numpy():
+    """NumPy 2 lets one interpreter of a process import it: here it is not the first one."""
+    code = """
+import sys
+try:
+    import _interpreters as interpreters
+    make = lambda: interpreters.create("legacy")
+except ImportError:
+    import _xxsubinterpreters as interpreters
+    make = lambda: interpreters.create(isolated=False)
+program = '''
+import numpy as np
+from sinkattn import SinkCache, attend
+x = np.ones((1, 2, 700, 64), np.float32)
+assert np.allclose(attend(x, x, x), 1) and np.allclose(SinkCache(1, 2, 64).attend(x, x, x), 1)
+try:
+    attend(x, x, x[0])
+except ValueError as error:
+    assert "v has 3 dimensions" in str(error), error
+else:
+    raise AssertionError("three dimensions were accepted")
+'''
+other = make()
+for _ in range(3):
+    error = interpreters.run_string(other, program)
+    assert error is None, error
+interpreters.destroy(other)
+assert "numpy" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=300, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(getattr(sys, "_is_gil_enabled", lambda: True)(), reason="needs an interpreter without a GIL")
 def test_without_a_gil_the_module_does_not_bring_it_back():
     assert not sys._is_gil_enabled()
