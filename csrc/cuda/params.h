@@ -163,8 +163,8 @@ enum {
     SA_PREFILL_WIDE_ROWS = 128,
     SA_PREFILL_KEYS = 64,
     SA_PREFILL_WARPS = 4,
-    SA_HOPPER_HEADS = 64, /* of a group, at most */
-    SA_HOPPER_FEW = 16, /* keys of a small box: the pinned ones, and halves of what is left of a window */
+    SA_HOPPER_HEADS = 64,   /* of a group, at most */
+    SA_HOPPER_FEW = 16,     /* keys of a small box: the pinned ones, and pieces of what whole slices leave */
     SA_WINDOW_KEYS = 144,   /* of a tile of 64 rows, the pinned ones apart, or 136 where that is enough */
     SA_WINDOW_FEWER_KEYS = 136,
     SA_WINDOW_GROUPS = 3,   /* warpgroups that multiply */
