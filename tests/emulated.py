@@ -15,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = ROOT / "tests/c/device"
-KERNELS = ("decode", "prefill_sm80", "attend_f32", "cache", "mass", "mass_sm80", "mass_sm90",
+KERNELS = ("decode", "decode_evict", "prefill_sm80", "attend_f32", "cache", "mass", "mass_sm80", "mass_sm90",
            "merge", "backward_rows", "backward_f32", "backward_sm80", "backward_sm90", "kv_append",
            "kv_step", "kv_evict", "kv_weights", "window_sm90")
 NUMBER_TYPES = {"float32": 0, "float16": 1, "float64": 3, "int32": 6, "int64": 7}
@@ -58,7 +58,7 @@ class Problem(ctypes.Structure):
         *_fields(I32, "dtype causal mass_maximum prefetch"), *_fields(POINTER, "scratch counters"),
         *_fields(I64, "partial_offset state_offset lse_offset rotated_offset row_tiles"),
         *_fields(I32, "splits clustered append aligned lean group apart weighs"),
-        ("common_window", I64), *_fields(Tensor, "held_key held_value"), *_fields(I32, "slots spare")]
+        ("common_window", I64), *_fields(Tensor, "held_key held_value"), *_fields(I32, "slots evicts")]
 
 
 class Launch(ctypes.Structure):
@@ -83,6 +83,10 @@ A100 = Facts(80, 108, 166912, 0)
 SMALL = Facts(89, 142, 101376, 0)  # one warp a block where depth is 256
 
 
+def _on_the_host(source):
+    return re.sub(r"extern __shared__ .*char memory\[\];", "char *memory = shared_memory();", source.read_text())
+
+
 def build(folder):
     """Compiles the kernels into a library under `folder`."""
     compiler = shutil.which("g++")
@@ -90,13 +94,11 @@ def build(folder):
                    *ROOT.glob("csrc/core/*.[ch]"), ROOT / "csrc/sinkattn.h"):
         target = folder / source.relative_to(ROOT / "csrc")
         target.parent.mkdir(exist_ok=True)
-        shutil.copy(source, target)
+        target.write_text(_on_the_host(source))
     for source in DEVICE.iterdir():
         shutil.copy(source, folder / "cuda")
     for name in KERNELS:
-        text = (ROOT / f"csrc/cuda/{name}.cu").read_text()
-        text = re.sub(r"extern __shared__ .*char memory\[\];", "char *memory = shared_memory();", text)
-        (folder / f"cuda/{name}.cpp").write_text(text)
+        (folder / f"cuda/{name}.cpp").write_text(_on_the_host(ROOT / f"csrc/cuda/{name}.cu"))
 
     def compile_one(name):
         language = ["-std=gnu11"] if name.endswith(".c") else ["-std=c++17", "-fno-strict-aliasing"]

@@ -81,6 +81,12 @@ const sa_cuda_kernel sa_cuda_kernels[] = {
     {"backward_hopper_bf16_128", "backward_sm90"},
     {"backward_finish_f16", "backward_sm90"},
     {"backward_finish_bf16", "backward_sm90"},
+    {"decode_evict_f16_64", "decode_evict"},
+    {"decode_evict_f16_128", "decode_evict"},
+    {"decode_evict_f16_256", "decode_evict"},
+    {"decode_evict_bf16_64", "decode_evict"},
+    {"decode_evict_bf16_128", "decode_evict"},
+    {"decode_evict_bf16_256", "decode_evict"},
 };
 #define FORM(name, depth, width, rows, keys, stages, query_tiles, featured) \
     {depth, width, rows, keys, featured, SA_HOPPER_SHARED(depth, width, rows, keys, stages, query_tiles, featured)},
@@ -288,7 +294,8 @@ static bool plan_decode(sa_cuda_problem *p, const outline *o, const decode_form 
     if (p->append && !p->slots) {
         plan->counter_count += p->batch;
     }
-    const int kernel = (p->weighs != SA_WEIGHS_NONE ? DECODE_MASS : DECODE) + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
+    const int first = p->evicts ? DECODE_EVICT : p->weighs != SA_WEIGHS_NONE ? DECODE_MASS : DECODE;
+    const int kernel = first + (p->dtype == SA_CUDA_BF16 ? 3 : 0) + o->bucket;
     return push(plan, kernel, units * p->splits, 32 * form->warps, p->clustered ? p->splits : 1, form->shared);
 }
 
@@ -405,6 +412,7 @@ int sa_cuda_choose(sa_cuda_problem *problem, const sa_cuda_device *device, sa_cu
     } else if (decodes) {
         form = decode_form_of(problem, device, &o);
     }
+    problem->evicts = problem->evicts && problem->weighs != SA_WEIGHS_NONE && problem->lean;
     if (problem->mass != NULL && problem->lse == NULL && problem->weighs == SA_WEIGHS_NONE) {
         problem->lse_offset = reserve(plan, problem->batch * problem->heads_q * problem->query_length * 4);
     }

@@ -5,6 +5,7 @@
  *
  *   decode.cu        decode_<t>_<d>    few query rows: keys split over CTAs; with `append` the whole streaming step
  *                    decode_mass_<t>_<d>   the same and the mass of the keys, where their scores find room in shared memory
+ *   decode_evict.cu  decode_evict_<t>_<d>  a step of a KVCache: that, and a token leaves; it takes one sa_cuda_eviction
  *   prefill_sm80.cu  prefill_<t>_<d>   many query rows
  *   prefill_sm90.cu  prefill_hopper_<t>_<form>  the same on Hopper, in the forms of params.h; it takes one sa_cuda_prefill
  *   window_sm90.cu   prefill_window_<t>_<d>  windows so narrow that all that a tile of rows sees fits into registers

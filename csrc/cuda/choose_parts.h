@@ -29,7 +29,8 @@ enum {
     BACKWARD_KEYS,
     BACKWARD_QUERIES = BACKWARD_KEYS + 9,
     ONE_PASS = BACKWARD_QUERIES + 9, /* depth 64 and 128 */
-    FINISH = ONE_PASS + 4
+    FINISH = ONE_PASS + 4,
+    DECODE_EVICT = FINISH + 2
 };
 
 /* What a launch needs to know of a problem. */

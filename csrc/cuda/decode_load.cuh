@@ -12,12 +12,19 @@ template <int depth> struct shape {
     static constexpr int half_stage = slice * row_bytes, stage = 2 * half_stage, ring = SA_DECODE_STAGES * stage;
 };
 
+/* Of a step that lets a token leave: its stream, the ledger before, the new token. */
+struct decode_step {
+    int64_t now, budget, evicted, logged;
+    double mass, largest, token_mass, token_own;
+};
+
 struct decode_shared {
     tile<SA_DECODE_ROWS> t;
     float turn[2][2][128]; /* own and pinned position; cos and sin */
     alignas(16) uint16_t new_key[256];
     alignas(16) uint16_t new_value[256];
     float states[SA_DECODE_ROWS][2][SA_DECODE_WARPS]; /* maximum and sum of each warp */
+    decode_step step;
     alignas(16) float sums[SA_DECODE_WARPS][SA_DECODE_ROWS]; /* of whole rows in log2 units, a copy a warp, where keys are weighed */
 };
 static_assert(sizeof(decode_shared) <= SA_DECODE_ROWS_SHARED, "room for what is known of the rows");
@@ -123,14 +130,10 @@ template <typename T, int depth> __device__ void turn_all(const sa_cuda_problem 
     }
 }
 
-/* Writes the token of a step into its slot. No query of this call sees what stood there: it left the window. */
-__device__ inline void append_token(const sa_cuda_problem &p, const decode_shared &s)
+/* The token of a step into a slot. */
+__device__ inline void store_token(const sa_cuda_problem &p, const decode_shared &s, int64_t slot)
 {
     const place &at = s.t.at;
-    if (at.query_count == 0) {
-        return;
-    }
-    const int64_t slot = p.slots ? at.key_count : at.length < p.pinned ? at.length : ring_slot(p, at.length);
     uint16_t *key = (uint16_t *)(uintptr_t)element(p.held_key, at.batch, s.t.kv_head, slot, 2),
              *value = (uint16_t *)(uintptr_t)element(p.held_value, at.batch, s.t.kv_head, slot, 2);
     for (int64_t d = threadIdx.x; d < p.depth; d += blockDim.x) {
@@ -139,6 +142,16 @@ __device__ inline void append_token(const sa_cuda_problem &p, const decode_share
     for (int64_t d = threadIdx.x; d < p.depth_v; d += blockDim.x) {
         value[d] = s.new_value[d];
     }
+}
+
+/* Writes the token of a step into its slot. No query of this call sees what stood there: it left the window. */
+__device__ inline void append_token(const sa_cuda_problem &p, const decode_shared &s)
+{
+    const place &at = s.t.at;
+    if (at.query_count == 0) {
+        return;
+    }
+    store_token(p, s, p.slots ? at.key_count : at.length < p.pinned ? at.length : ring_slot(p, at.length));
 }
 
 /* --- keys and values --------------------------------------------------------------------------------------------------------------- */

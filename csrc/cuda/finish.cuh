@@ -60,17 +60,21 @@ template <typename T, int row_limit> __device__ void finish_alone(const sa_cuda_
 }
 
 /* The splits are the CTAs of a cluster: each finishes a share of the outputs from everybody's shared memory. Eight lanes share two outputs,
- * a split each, so that every thread asks for one state and one pair of values. Needs no barrier before it; the caller
- * puts one behind it, as nobody leaves while others read. */
-template <typename T, int row_limit>
+ * a split each, so that every thread asks for one state and one pair of values. Needs no barrier before it, or has one
+ * (`met`); the caller puts one behind it, as nobody leaves while others read. */
+template <typename T, bool met = false, int row_limit>
 __device__ __forceinline__ void finish_cluster(const sa_cuda_problem &p, const tile<row_limit> &t, const partial &part, int rank)
 {
     static_assert(SA_DECODE_CLUSTER == 8, "eight lanes");
-    cluster_arrive();
+    if constexpr (!met) {
+        cluster_arrive();
+    }
     const int splits = p.splits, width = (int)p.depth_v, pairs = (width + 1) / 2, outputs = t.real * pairs,
               each = (outputs + splits - 1) / splits;
     const int end = (rank + 1) * each < outputs ? (rank + 1) * each : outputs, split = threadIdx.x % 8;
-    cluster_wait();
+    if constexpr (!met) {
+        cluster_wait();
+    }
 #pragma unroll 1
     for (int first = rank * each + threadIdx.x / 32 * 4; first < end; first += blockDim.x / 8) {
         const int i = first + threadIdx.x % 32 / 8, row = i / pairs, d = i % pairs * 2;

@@ -8,14 +8,19 @@
 namespace sa
 {
 
-constexpr int few = SA_HOPPER_FEW, small_keys = 3 * few, hopper_tiles = 3, hopper_far = 1 << 29;
+constexpr int few = SA_HOPPER_FEW, hopper_tiles = 3, hopper_far = 1 << 29;
 constexpr float lazy_bits = 8.0f; /* log2 by which a row's maximum may be exceeded before what was summed is scaled */
+
+/* log2 by which a first maximum may lie below zero and is taken for zero all the same: weights are that much smaller. */
+template <typename T> constexpr float low_bits = 4.0f;
+template <> constexpr float low_bits<bf16> = 48.0f;
 
 /* Sizes of a kernel: rows of a tile, depth of queries and keys and of values, keys of a slice, slices and tiles of queries held; and whether
  * scores are more than scaled and hidden. */
 template <int rows_, int depth_, int width_, int keys_, int stages_, int query_tiles_, bool featured_> struct form {
     static constexpr int rows = rows_, depth = depth_, width = width_, keys = keys_, stages = stages_, query_tiles = query_tiles_;
     static constexpr bool featured = featured_;
+    static constexpr bool turns = !featured && (depth == 64 || depth == 128); /* where it was timed */
     static constexpr int groups = rows / 64, warps = 4 * groups, threads = SA_HOPPER_THREADS(rows);
     static constexpr int key_panels = (depth + 63) / 64, value_panels = (width + 63) / 64;
     static constexpr uint32_t query_bytes = key_panels * rows * 128, key_bytes = key_panels * keys * 128, value_bytes = value_panels * keys * 128;
@@ -37,8 +42,9 @@ struct group_tile {
     int pinned, plain, pinned_whole, whole;
     int filled;                       /* are all rows real? */
     int slices;                       /* of the consumers, at least one; -1 after the last tile */
-    int small;                        /* is there a small slice? */
-    int64_t high, few_low;            /* end of what the whole slices hold; first key of a small one */
+    int few_pinned;                   /* are there so few that a small box holds them? */
+    int merged;                       /* is there a last slice of few pinned keys and of what whole slices leave? */
+    int64_t high;                     /* end of what the plain slices hold */
     int edge, start, end;             /* from `high` on: how far row 0 sees, and the run of plain keys */
     int pinned_edge, pinned_end;      /* the same of the pinned keys, from the first of them on */
     int64_t widest;                   /* window of the group's heads */
@@ -48,8 +54,8 @@ struct group_tile {
 
 /* What the consumers have to know of a slice. */
 struct slice_note {
-    int32_t first;         /* key: of the pinned ones, of a small slice and of the others before (< 0) the end of what the tile sees */
-    int16_t pinned, plain; /* does it hold such keys? Both may be in a small one */
+    int32_t first;         /* key: of the pinned ones, else before (< 0) the end of what the tile sees */
+    int16_t pinned, plain; /* does it hold such keys? Both: the pinned ones come first, `few` of them */
     int16_t masked;        /* some row does not see all of it */
     int16_t second;        /* scored with the second query */
 };

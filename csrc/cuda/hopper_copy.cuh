@@ -19,8 +19,8 @@ template <typename F> struct finder {
         return (int)clamp(x, -hopper_far, hopper_far);
     }
 
-    /* How the slices of a tile are cut: whole ones end where the keys end that its rows see, so that the last begins before the first of
-     * them or, if little is left of it, is a small one. */
+    /* How the slices of a tile are cut: they end where the keys end that its rows see. What whole ones leave and few pinned keys are one slice
+     * where they find room in it and are scored with the same query; else the pinned ones have slices of their own. */
     __device__ __forceinline__ void cut(group_tile &t)
     {
         t.plain = t.pinned = -1;
@@ -29,19 +29,15 @@ template <typename F> struct finder {
         }
         const range none = {0, 0}, seen = t.plain >= 0 ? t.seen[t.plain] : none, pinned = t.pinned >= 0 ? t.seen[t.pinned] : none;
         const int64_t count = most(seen.high - seen.low, 0), held = most(pinned.high, 0);
-        const bool held_small = held > 0 && held <= few;
-        int left = (int)(count % F::keys);
-        t.whole = (int)(count / F::keys);
-        if (left > 2 * few || t.whole == 0 || (held > 0 && !held_small)) {
-            t.whole += left > 0;
-            left = 0;
-        }
+        const int left = (int)(count % F::keys);
+        const bool second = F::featured && has_second_query(p);
+        t.few_pinned = held > 0 && held <= few;
+        t.merged = t.few_pinned && left > 0 && left <= F::keys - few && !second;
+        t.whole = (int)(count / F::keys) + (left > 0 && !t.merged);
         t.high = seen.high;
-        t.pinned_whole = held_small ? 0 : (int)((held + F::keys - 1) / F::keys);
-        t.small = held_small || left > 0;
-        t.few_low = left > 0 ? seen.high - (int64_t)t.whole * F::keys - 2 * few : INT64_MAX;
+        t.pinned_whole = t.merged ? 0 : (int)((held + F::keys - 1) / F::keys);
         t.pinned = held > 0 ? t.pinned : -1;
-        t.slices = (int)most(t.whole + t.pinned_whole, 1);
+        t.slices = (int)most(t.whole + t.pinned_whole + t.merged, 1);
         const int64_t reach = t.at.position + t.first_token + 1, place = t.plain >= 0 ? t.list.runs[t.plain].position : 0;
         t.edge = near(reach - place - t.high);
         t.start = near(-t.high);
@@ -186,36 +182,41 @@ template <typename F> struct copier {
         }
     }
 
-    /* Rows 0 .. few - 1: pinned keys; then 2 * few keys before the whole slices. What there is not is copied from beyond the end: zeros. */
-    __device__ __forceinline__ void small_slice(const group_tile &t)
+    /* A slice by small boxes: few pinned keys, then zeros from beyond the tensor, then from row `used` on the keys from `token` on. */
+    __device__ __forceinline__ void boxes(const sa_cuda_map &map, uint32_t target, uint64_t *barrier, int count, const group_tile &t, int used,
+                                          int64_t token)
     {
-        const int head = t.kv_head, batch = (int)t.at.batch;
-        const int64_t beyond = call.problem.kv_length, held = t.pinned >= 0 ? t.at.key_begin : beyond;
-        const bool left = t.few_low != INT64_MAX;
-        const int64_t token = left ? t.at.key_begin + t.list.runs[t.plain].position + t.few_low : beyond;
+        for (int row = 0; row < F::keys; row += few) {
+            const int64_t from = row == 0 ? t.at.key_begin : row >= used ? token + row - used : call.problem.kv_length;
+            for (int i = 0; i < count; i++) {
+                copy_box(map, target + i * (F::keys * 128) + row * 128, barrier, i * 64, (int)from, t.kv_head, (int)t.at.batch);
+            }
+        }
+    }
+
+    /* Few pinned keys and, where there is room, the keys that whole slices leave. */
+    __device__ __forceinline__ void mixed_slice(const group_tile &t)
+    {
+        const int64_t first = t.merged ? t.high - (int64_t)(t.whole + 1) * F::keys : 0; /* key of row 0, if it were a whole one */
+        const int used = t.merged ? (int)(t.seen[t.plain].low - first) / few * few : F::keys;
+        const int64_t token = t.merged ? t.at.key_begin + t.list.runs[t.plain].position + first + used : 0;
         barrier_wait(&s.keys_free[at.stage], at.parity ^ 1);
         if (lane == 0) {
-            s.notes[at.stage] = {left ? (int)(t.few_low - t.high) : 0, t.pinned >= 0, left, 1, 0};
-            const uint32_t target = memory + F::key_ring + at.stage * F::key_bytes;
-            barrier_expect(&s.keys_full[at.stage], F::key_panels * small_keys * 128);
-            panels(call.few_keys, target, &s.keys_full[at.stage], F::key_panels, (int)held, head, batch);
-            panels(call.few_keys, target + few * 128, &s.keys_full[at.stage], F::key_panels, (int)token, head, batch);
-            panels(call.few_keys, target + 2 * few * 128, &s.keys_full[at.stage], F::key_panels, (int)token + few, head, batch);
+            s.notes[at.stage] = {t.merged ? (int)(first - t.high) : 0, 1, (int16_t)t.merged, 1, F::featured && has_second_query(call.problem)};
+            barrier_expect(&s.keys_full[at.stage], F::key_bytes);
+            boxes(call.few_keys, memory + F::key_ring + at.stage * F::key_bytes, &s.keys_full[at.stage], F::key_panels, t, used, token);
         }
-        const bool cleared = holds_unseen(held, few) || holds_unseen(token, 2 * few);
+        const bool cleared = holds_unseen(t.at.key_begin, few) || holds_unseen(token, F::keys - used);
         uint64_t *barrier = cleared ? &s.dirty : &s.values_full[at.stage];
         barrier_wait(&s.values_free[at.stage], at.parity ^ 1);
         if (lane == 0) {
-            const uint32_t target = memory + F::value_ring + at.stage * F::value_bytes;
-            barrier_expect(barrier, F::value_panels * small_keys * 128);
-            panels(call.few_values, target, barrier, F::value_panels, (int)held, head, batch);
-            panels(call.few_values, target + few * 128, barrier, F::value_panels, (int)token, head, batch);
-            panels(call.few_values, target + 2 * few * 128, barrier, F::value_panels, (int)token + few, head, batch);
+            barrier_expect(barrier, F::value_bytes);
+            boxes(call.few_values, memory + F::value_ring + at.stage * F::value_bytes, barrier, F::value_panels, t, used, token);
         }
         if (cleared) {
             settle();
-            clear(0, few, held);
-            clear(few, 2 * few, token);
+            clear(0, few, t.at.key_begin);
+            clear(used, F::keys - used, token);
             publish();
         }
         at.template step<F::stages>();
@@ -261,19 +262,21 @@ template <typename F> struct copier {
 
     __device__ __forceinline__ void slices(const group_tile &t)
     {
-        if (t.whole + t.pinned_whole == 0) {
+        if (t.whole + t.pinned_whole + t.merged == 0) {
             empty_slice();
         }
         for (int i = 0; i < t.pinned_whole; i++) {
-            whole_slice(t, t.pinned, (int64_t)i * F::keys);
+            if (t.few_pinned) {
+                mixed_slice(t);
+            } else {
+                whole_slice(t, t.pinned, (int64_t)i * F::keys);
+            }
         }
-        for (int i = 0; i < t.whole || i == 0; i++) {
-            if (i < t.whole) {
-                whole_slice(t, t.plain, t.high - (int64_t)(i + 1) * F::keys);
-            }
-            if (i == 0 && t.small) {
-                small_slice(t);
-            }
+        for (int i = 0; i < t.whole; i++) {
+            whole_slice(t, t.plain, t.high - (int64_t)(i + 1) * F::keys);
+        }
+        if (t.merged) {
+            mixed_slice(t);
         }
     }
 

@@ -14,42 +14,68 @@ struct rows_state {
     float maximum[2], sum[2];
 };
 
-/* From dot products to weights, and the factor for what was summed before; `grows` where it is not 1. A maximum is one near it: as long as
- * no score exceeds it by that many powers of two, nothing that was summed is scaled. */
-template <int keys>
-__device__ __forceinline__ void weigh(float scale, float (&scores)[keys / 2], rows_state &state, float (&factor)[2], bool &grows)
+/* No less than the largest score of each of a thread's two rows, and that one where it is not negative: numbers that are compared as
+ * integers, three at a time, stand in the right order unless they are negative. */
+template <int keys> __device__ __forceinline__ void bound_scores(const float (&scores)[keys / 2], float (&bound)[2])
 {
     constexpr int chains = 4;
-    float larger[2][chains], anchor[2];
+    int larger[2][chains] = {};
 #pragma unroll
-    for (int i = 0; i < chains; i++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            larger[half][i] = fmaxf(scores[4 * i + 2 * half], scores[4 * i + 2 * half + 1]);
-        }
-    }
-#pragma unroll
-    for (int n = chains; n < keys / 8; n++) {
+    for (int n = 0; n < keys / 8; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            larger[half][n % chains] = fmaxf(larger[half][n % chains], fmaxf(scores[4 * n + 2 * half], scores[4 * n + 2 * half + 1]));
+            int &own = larger[half][n % chains];
+            own = __vimax3_s32(own, __float_as_int(scores[4 * n + 2 * half]), __float_as_int(scores[4 * n + 2 * half + 1]));
         }
     }
-    grows = false;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float most = fmaxf(fmaxf(larger[half][0], larger[half][1]), fmaxf(larger[half][2], larger[half][3]));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-        const float old = state.maximum[half];
-        const bool own = (most - old) * scale > lazy_bits;
-        const float next = own ? most : old;
-        factor[half] = own ? exp2_fast((old - next) * scale) : 1.0f;
-        grows = grows || own;
-        state.maximum[half] = next;
-        anchor[half] = anchor_of(next) * scale;
-        state.sum[half] *= factor[half];
+        int most = max(__vimax3_s32(larger[half][0], larger[half][1], larger[half][2]), larger[half][3]);
+        most = max(most, __shfl_xor_sync(~0u, most, 1));
+        most = max(most, __shfl_xor_sync(~0u, most, 2));
+        bound[half] = __int_as_float(most);
     }
+}
+
+template <int keys> __device__ __forceinline__ void largest_scores(const float (&scores)[keys / 2], float (&largest)[2])
+{
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float most = fmaxf(scores[2 * half], scores[2 * half + 1]);
+#pragma unroll
+        for (int n = 1; n < keys / 8; n++) {
+            most = fmaxf(most, fmaxf(scores[4 * n + 2 * half], scores[4 * n + 2 * half + 1]));
+        }
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        largest[half] = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+    }
+}
+
+/* From dot products to weights, and the factor for what was summed before; `grows` where it is not 1. A maximum is one near it: as long as
+ * no score exceeds it by that many powers of two, nothing that was summed is scaled. */
+template <typename T, int keys>
+__device__ __forceinline__ void weigh(float scale, float (&scores)[keys / 2], rows_state &state, float (&factor)[2], bool &grows)
+{
+    float bound[2];
+    bound_scores<keys>(scores, bound);
+    grows = (bound[0] - state.maximum[0]) * scale > lazy_bits || (bound[1] - state.maximum[1]) * scale > lazy_bits;
+    factor[0] = factor[1] = 1.0f;
+    if (__any_sync(~0u, grows)) {
+        float largest[2];
+        largest_scores<keys>(scores, largest);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float old = state.maximum[half], most = largest[half];
+            if ((most - old) * scale > lazy_bits) {
+                const float next = most < 0.0f && most * scale > -low_bits<T> ? 0.0f : most;
+                factor[half] = exp2_fast((old - next) * scale);
+                state.maximum[half] = next;
+                state.sum[half] *= factor[half];
+            }
+        }
+        grows = factor[0] != 1.0f || factor[1] != 1.0f;
+    }
+    const float anchor[2] = {anchor_of(state.maximum[0]) * scale, anchor_of(state.maximum[1]) * scale};
     float odd[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int n = 0; n < keys / 8; n++) {
@@ -160,9 +186,9 @@ template <typename T, typename F> struct consumer {
     }
 
     /* From dot products to scores in log2 units: blocks begin .. end - 1 of eight keys each, the first of them key `first`
-     * where row 0 sees as far as `edge`. */
+     * where row 0 sees as far as `edge`; `held`: of pinned keys, which may have a bias. */
     template <int keys, int begin, int end>
-    __device__ __forceinline__ void shape(const group_tile &t, int edge, int first, float (&scores)[keys / 2]) const
+    __device__ __forceinline__ void shape(const group_tile &t, int edge, int first, bool held, float (&scores)[keys / 2]) const
     {
         if (p.softcap > 0.0f) {
             cap<keys, begin, end>(scores);
@@ -187,7 +213,7 @@ template <typename T, typename F> struct consumer {
                 }
             }
         }
-        if (end <= few / 8 && p.sink_bias.given) {
+        if (end <= few / 8 && held && p.sink_bias.given) {
 #pragma unroll
             for (int i = 4 * begin; i < 4 * end; i++) {
                 const int key = first + (i / 4 - begin) * 8 + i % 2 + column;
@@ -229,7 +255,9 @@ template <typename T, typename F> struct consumer {
             if (note.masked && p.softcap > 0.0f) {
                 hide(t, note, scores, 0.0f); /* which way cap() goes is not for what nobody sees */
             }
-            shape<F::keys, 0, F::keys / 8>(t, note.pinned ? t.pinned_edge : t.edge, note.first, scores);
+            const bool held = note.pinned, both = held && note.plain;
+            shape<F::keys, 0, few / 8>(t, held ? t.pinned_edge : t.edge, both ? 0 : note.first, held, scores);
+            shape<F::keys, few / 8, F::keys / 8>(t, note.plain ? t.edge : t.pinned_edge, note.first + few, false, scores);
         }
         if (note.masked) {
             hide(t, note, scores, -infinity);
@@ -242,44 +270,44 @@ template <typename T, typename F> struct consumer {
         const int column = threadIdx.x % 4 * 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int low = 0, high = 0;
+            uint32_t seen = 0; /* bit 2 n + e: key 8 n + e from this thread's column on */
             if (note.plain) {
+                int low, high;
                 plain_range(t, half, note.first, low, high);
-            } else if (note.pinned) {
-                high = pinned_end(t, half) - note.first;
+                seen = own_below(high - column) & ~own_below(low - column);
             }
-            low -= column;
-            high -= column;
+            if (note.pinned) {
+                const int end = pinned_end(t, half);
+                seen |= own_below((note.plain ? min(end, few) : end - note.first) - column);
+            }
 #pragma unroll
-            for (int n = 0; n < F::keys / 8; n++) {
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float &x = scores[4 * n + 2 * half + e];
-                    x = n * 8 + e >= low && n * 8 + e < high ? x : hidden;
-                }
+            for (int i = 0; i < F::keys / 4; i++) {
+                float &x = scores[i / 2 * 4 + 2 * half + i % 2];
+                x = seen & 1u << i ? x : hidden;
             }
         }
     }
 
-    __device__ __forceinline__ void hide_small(const group_tile &t, const slice_note &note, float (&scores)[small_keys / 2], float hidden)
+    /* A bit for each of this thread's keys, of its column and the next in every block of eight, that are less than `key` from the column on. */
+    static __device__ __forceinline__ uint32_t own_below(int key)
     {
-        const int column = threadIdx.x % 4 * 2;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int low = 0, high = 0;
-            const int held = note.pinned ? pinned_end(t, half) : 0;
-            if (note.plain) {
-                plain_range(t, half, note.first, low, high);
-            }
-#pragma unroll
-            for (int n = 0; n < small_keys / 8; n++) {
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int at_key = n * 8 + e + column - (n * 8 < few ? 0 : few);
-                    float &x = scores[4 * n + 2 * half + e];
-                    x = n * 8 < few ? (at_key < held ? x : hidden) : at_key >= low && at_key < high ? x : hidden;
-                }
-            }
+        static_assert(F::keys <= 128, "a bit for each of a thread's keys of a row");
+        const int inside = min(max(key, 0), F::keys), count = inside / 8 * 2 + min(inside % 8, 2);
+        return (uint32_t)((1ull << count) - 1);
+    }
+
+    /* Warpgroups issue products by turns, so that one multiplies while another weighs. */
+    __device__ __forceinline__ void take_turn()
+    {
+        if (F::turns) {
+            meet(2 + group, 256);
+        }
+    }
+
+    __device__ __forceinline__ void give_turn()
+    {
+        if (F::turns) {
+            call(2 + (group + 1) % F::groups, 256);
         }
     }
 
@@ -293,9 +321,11 @@ template <typename T, typename F> struct consumer {
             barrier_wait(&s.values_full[before.stage], before.parity);
         }
         pin(values);
+        take_turn();
         products_begin();
         issue_keys<F::keys>(scores, queries_for(note));
         issue_values<F::keys>(weights, before.stage, values);
+        give_turn();
         return note;
     }
 
@@ -317,83 +347,39 @@ template <typename T, typename F> struct consumer {
         }
     }
 
-    /* A tile begins while the one before ends. */
-    __device__ __forceinline__ slice_note change_tile(float (&scores)[F::keys / 2], const uint32_t (&weights)[F::keys / 4], cursor before,
-                                                      int tile_before, rows_state &state, float (&values)[F::width / 2])
+    /* A tile's first slice is weighed while the last values of the tile before are summed; then that tile is written. */
+    __device__ __forceinline__ void begin_tile(const group_tile &t, float (&scores)[F::keys / 2], uint32_t (&weights)[F::keys / 4], cursor before,
+                                               int tile_before, rows_state &state, float (&values)[F::width / 2])
     {
         const slice_note note = issue(scores, weights, before, tile_before >= 0, values);
-        products_wait<0>();
-        pin(scores);
-        pin(values);
-        release(&s.keys_free[at.stage]);
+        float last[2] = {0.0f, 0.0f};
         if (tile_before >= 0) {
-            release(&s.values_free[before.stage]);
-            write_rows(s.tiles[tile_before], state, values);
-            barrier_arrive(&s.tile_free[tile_before]);
+            end_rows(s.tiles[tile_before], state, last);
         }
-        state = {{-infinity, -infinity}, {0.0f, 0.0f}};
-        return note;
-    }
-
-    /* Scores of a small slice; the state learns their maximum. */
-    __device__ __forceinline__ void score_few(const group_tile &t, float (&scores)[small_keys / 2], rows_state &state)
-    {
-        barrier_wait(&s.keys_full[at.stage], at.parity);
-        const slice_note note = s.notes[at.stage];
-        float pinned[few / 2]; /* scored with the second query */
-        const bool second = F::featured && has_second_query(p) && note.pinned;
-        products_begin();
-        issue_keys<small_keys>(scores, queries);
-        if (F::featured) {
-            issue_keys<few>(pinned, second ? queries + F::query_bytes / 16 : queries);
-        }
-        products_wait<0>();
+        products_wait<1>();
         pin(scores);
-        if (F::featured) {
-            pin(pinned);
-#pragma unroll
-            for (int i = 0; i < few / 2; i++) {
-                scores[i] = pinned[i];
-            }
-        }
         release(&s.keys_free[at.stage]);
-        if (F::featured && p.softcap > 0.0f) {
-            hide_small(t, note, scores, 0.0f);
+        float factor[2];
+        bool grows;
+        state = {{-infinity, -infinity}, {0.0f, 0.0f}};
+        score(t, note, scores);
+        weigh<T, F::keys>(unit, scores, state, factor, grows);
+        pin(scores);
+        if (tile_before >= 0) {
+            products_wait<0>();
+            pin(values);
+            release(&s.values_free[before.stage]);
+            write_rows(s.tiles[tile_before], last, values);
+            barrier_arrive(&s.tile_free[tile_before]);
+        } else {
+            products_wait<0>();
+            pin(values);
         }
-        if (F::featured) {
-            shape<small_keys, 0, few / 8>(t, t.pinned_edge, 0, scores);
-            shape<small_keys, few / 8, small_keys / 8>(t, t.edge, note.first, scores);
-        }
-        hide_small(t, note, scores, -infinity);
+        pack_weights<T, F::keys>(scores, weights);
 #pragma unroll
-        for (int i = 0; i < small_keys / 2; i++) {
-            state.maximum[i % 4 / 2] = fmaxf(state.maximum[i % 4 / 2], scores[i]);
+        for (int i = 0; i < F::width / 2; i++) {
+            values[i] = 0.0f;
         }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            state.maximum[half] = fmaxf(state.maximum[half], __shfl_xor_sync(~0u, state.maximum[half], 1));
-            state.maximum[half] = fmaxf(state.maximum[half], __shfl_xor_sync(~0u, state.maximum[half], 2));
-        }
-    }
-
-    /* Their weights, and the values. */
-    __device__ __forceinline__ void add_few(float (&scores)[small_keys / 2], rows_state &state, float (&values)[F::width / 2])
-    {
-        const float anchor[2] = {anchor_of(state.maximum[0]) * unit, anchor_of(state.maximum[1]) * unit};
-        uint32_t weights[small_keys / 4];
-#pragma unroll
-        for (int i = 0; i < small_keys / 2; i++) {
-            scores[i] = exp2_fast(fmaf(scores[i], unit, -anchor[i % 4 / 2]));
-            state.sum[i % 4 / 2] += scores[i];
-        }
-        pack_weights<T, small_keys>(scores, weights);
-        barrier_wait(&s.values_full[at.stage], at.parity);
-        pin(values);
-        products_begin();
-        issue_values<small_keys>(weights, at.stage, values);
-        products_wait<0>();
-        pin(values);
-        release(&s.values_free[at.stage]);
     }
 
     __device__ __forceinline__ void run_all()
@@ -412,6 +398,9 @@ template <typename T, typename F> struct consumer {
         for (int i = 0; i < F::width / 2; i++) {
             values[i] = 0.0f;
         }
+        if (group == F::groups - 1) {
+            give_turn(); /* the first is the first group's */
+        }
         key_ring = describe_panels(memory + F::key_ring, 16, 1024);
         value_ring = describe_panels(memory + F::value_ring, F::keys * 128, 1024);
         for (;;) {
@@ -423,34 +412,17 @@ template <typename T, typename F> struct consumer {
             }
             barrier_wait(&s.queries_full[loads.stage], loads.parity);
             queries = describe_panels(memory + loads.stage * F::query_parts * F::query_bytes + group * 64 * 128, 16, 1024);
-            const bool small = t.small;
-            slice_note note = change_tile(scores, weights, before, tile_before, state, values);
-            const cursor first = at;
-            float few_scores[small_keys / 2];
-            if (small) {
-                at.template step<F::stages>();
-                score_few(t, few_scores, state);
-            }
-            score(t, note, scores);
-            weigh<F::keys>(unit, scores, state, factor, grows);
-            pack_weights<T, F::keys>(scores, weights);
-#pragma unroll
-            for (int i = 0; i < F::width / 2; i++) { /* not earlier: registers */
-                values[i] = 0.0f;
-            }
-            if (small) {
-                add_few(few_scores, state, values);
-            }
-            before = first;
+            begin_tile(t, scores, weights, before, tile_before, state, values);
+            before = at;
 #pragma unroll 1
             for (int slice = 1; slice < count; slice++) {
                 at.template step<F::stages>();
-                note = issue(scores, weights, before, true, values);
+                const slice_note note = issue(scores, weights, before, true, values);
                 products_wait<1>();
                 pin(scores);
                 release(&s.keys_free[at.stage]);
                 score(t, note, scores);
-                weigh<F::keys>(unit, scores, state, factor, grows);
+                weigh<T, F::keys>(unit, scores, state, factor, grows);
                 finish_values(scores, factor, grows, values);
                 release(&s.values_free[before.stage]);
                 pack_weights<T, F::keys>(scores, weights);
@@ -469,7 +441,8 @@ template <typename T, typename F> struct consumer {
             issue_values<F::keys>(weights, before.stage, values);
             products_wait<0>();
             pin(values);
-            write_rows(s.tiles[tile_before], state, values);
+            end_rows(s.tiles[tile_before], state, factor);
+            write_rows(s.tiles[tile_before], factor, values);
         }
     }
 
@@ -512,8 +485,8 @@ template <typename T, typename F> struct consumer {
         }
     }
 
-    /* Closes this thread's two rows and writes them; rows of padding are 0 with lse -inf. */
-    __device__ __forceinline__ void write_rows(const group_tile &t, const rows_state &state, float (&values)[F::width / 2])
+    /* Closes this thread's two rows: their factors, and their lse is written; rows of padding are 0 with lse -inf. */
+    __device__ __forceinline__ void end_rows(const group_tile &t, const rows_state &state, float (&factor)[2])
     {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -524,17 +497,27 @@ template <typename T, typename F> struct consumer {
             softmax_end end = {0.0f, -infinity};
             if (row < t.real) {
                 end = close(state.maximum[half] * unit, sum, t.sink[head_of(half)]);
-            } else {
+            }
+            factor[half] = end.factor;
+            float *lse = lse_of(p);
+            if (lse != nullptr && row < t.rows && threadIdx.x % 4 == 0) {
+                lse[(t.at.batch * p.heads_q + t.kv_head * p.group + head_of(half)) * p.query_length + query_of(t, half)] = end.lse;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void write_rows(const group_tile &t, const float (&factor)[2], float (&values)[F::width / 2])
+    {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = row_of(half);
+            if (row >= t.real) {
 #pragma unroll
                 for (int i = 0; i < F::width / 2; i++) {
                     values[i] = i % 4 / 2 == half ? 0.0f : values[i];
                 }
             }
-            write_row(t, row < t.rows, values, half, end.factor);
-            float *lse = lse_of(p);
-            if (lse != nullptr && row < t.rows && threadIdx.x % 4 == 0) {
-                lse[(t.at.batch * p.heads_q + t.kv_head * p.group + head_of(half)) * p.query_length + query_of(t, half)] = end.lse;
-            }
+            write_row(t, row < t.rows, values, half, factor[half]);
         }
     }
 };

@@ -11,9 +11,20 @@
 enum { MAX_KERNELS = 256, MAX_IMAGES = 32 };
 
 static const sa_cuda_kernel own_kernels[SA_OWN_KERNELS] = {
-    [SA_KERNEL_STAGE] = {"stage", "stage"},          [SA_KERNEL_MERGE] = {"merge", "merge"},
-    [SA_KERNEL_KV_APPEND] = {"kv_append", "kv_append"}, [SA_KERNEL_KV_STEP] = {"kv_step", "kv_step"},
-    [SA_KERNEL_KV_EVICT] = {"kv_evict", "kv_evict"},    [SA_KERNEL_KV_MASS] = {"kv_mass", "kv_evict"},
+    [SA_KERNEL_STAGE] = {"stage", "stage"},
+    [SA_KERNEL_MERGE] = {"merge", "merge"},
+    [SA_KERNEL_KV_APPEND] = {"kv_append", "kv_append"},
+    [SA_KERNEL_KV_STEP] = {"kv_step_sink_window", "kv_step"},
+    [SA_KERNEL_KV_STEP + 1] = {"kv_step_h2o", "kv_step"},
+    [SA_KERNEL_KV_STEP + 2] = {"kv_step_h2o_norm", "kv_step"},
+    [SA_KERNEL_KV_STEP + 3] = {"kv_step_h2o_ema", "kv_step"},
+    [SA_KERNEL_KV_STEP + 4] = {"kv_step_v_length_h2o", "kv_step"},
+    [SA_KERNEL_KV_STEP + 5] = {"kv_step_scissorhands", "kv_step"},
+    [SA_KERNEL_KV_STEP + 6] = {"kv_step_tova", "kv_step"},
+    [SA_KERNEL_KV_STEP_K_NORM] = {"kv_step_k_norm", "kv_step"},
+    [SA_KERNEL_KV_STEP_DRAWN] = {"kv_step_drawn", "kv_step"},
+    [SA_KERNEL_KV_EVICT] = {"kv_evict", "kv_evict"},
+    [SA_KERNEL_KV_MASS] = {"kv_mass", "kv_evict"},
     [SA_KERNEL_KV_WEIGHTS] = {"kv_weights", "kv_weights"},
 };
 

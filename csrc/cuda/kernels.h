@@ -11,7 +11,9 @@ enum {
     SA_KERNEL_STAGE,
     SA_KERNEL_MERGE,
     SA_KERNEL_KV_APPEND,
-    SA_KERNEL_KV_STEP,
+    SA_KERNEL_KV_STEP, /* of SinkWindow, and of six more in the order of sa_policy_kind */
+    SA_KERNEL_KV_STEP_K_NORM = SA_KERNEL_KV_STEP + 7,
+    SA_KERNEL_KV_STEP_DRAWN,
     SA_KERNEL_KV_EVICT,
     SA_KERNEL_KV_MASS,
     SA_KERNEL_KV_WEIGHTS,

@@ -71,14 +71,35 @@ static sa_status plan_part(const sa_cuda_kv_work *work, int64_t count, void *str
     return sa_cuda_begin_slots(&params, &slots, stream, part);
 }
 
-/* A step whose attention also appends; part->problem.append says whether it does. */
+/* What a step that lets a token leave needs beside the problem. */
+static void describe_eviction(const sa_cuda_slots *slots, sa_cuda_eviction *e)
+{
+    e->mass = slots->mass;
+    e->own = slots->own;
+    e->positions = slots->positions;
+    e->held = slots->held;
+    e->lengths = slots->lengths;
+    e->evicted_at = slots->evicted_at;
+    e->budgets = slots->budgets;
+    e->ledgers = slots->ledgers;
+    e->log = slots->log;
+    e->stride = slots->stride;
+    e->log_size = slots->log_size;
+    e->recent = slots->recent;
+    e->decay = slots->decay;
+    e->kind = slots->kind;
+}
+
+/* A step whose attention also appends; part->problem.append says whether it does, and .evicts whether it lets a token leave as well. */
 static sa_status plan_step(const sa_cuda_kv_work *work, void *stream, sa_cuda_work *part)
 {
     const sa_cuda_kv *store = work->store;
     sa_attend_params params = work->params;
     const sa_tensor keys = slots_tensor(store, store->view.keys, store->config.depth, 1);
     const sa_tensor values = slots_tensor(store, store->view.values, store->config.depth_v, 1);
-    const sa_cuda_beside slots = {&keys, &values, store->counters, store->counter_count};
+    const int32_t kind = store->view.kind;
+    const bool evicts = kind == SA_POLICY_SINK_WINDOW || kind == SA_POLICY_H2O || kind == SA_POLICY_H2O_NORM || kind == SA_POLICY_H2O_EMA;
+    const sa_cuda_beside slots = {&keys, &values, evicts, store->counters, store->counter_count};
     params.causal = true;
     params.pinned = store->config.pinned;
     params.lengths = device_numbers(store->view.held, store->config.batch, store->config.heads_kv);
@@ -137,13 +158,14 @@ static sa_status plan(sa_cuda_kv_work *work, void *stream)
     work->parts = max_i64(ceil_div(tokens, work->most), 1);
     work->each = need == SA_MASS_EACH && work->most > 1;
     work->step = tokens == 1 && config->every == 1 && work->params.mass == NULL && sa_policy_scores_alone(config->policy.kind);
-    work->appends = false;
+    work->appends = work->evicts = false;
     work->memory_bytes = 0;
     describe_slots(work);
     lay_out_memory(work, need != SA_MASS_NONE || config->track_mass || work->params.mass != NULL);
     if (work->step && work->slots.pairs == 0) {
         SA_TRY(plan_step(work, stream, &work->full));
         work->appends = work->full.problem.append;
+        work->evicts = work->appends && work->full.problem.evicts;
     }
     if (!work->appends) {
         SA_TRY(plan_part(work, min_i64(tokens, work->most), stream, &work->full));
@@ -204,20 +226,33 @@ static sa_status weigh(const sa_cuda_kv_work *work, const sa_cuda_work *part, vo
     return sa_device_launch(work->params.function, &work->scope, &launch, &problem, stream);
 }
 
-/* One token: the attention writes it into its slot, or a kernel before it does; kv_step has the rest. */
+static int step_kernel(int32_t kind)
+{
+    return kind == SA_POLICY_RANDOM   ? SA_KERNEL_KV_STEP_DRAWN
+           : kind == SA_POLICY_K_NORM ? SA_KERNEL_KV_STEP_K_NORM
+                                      : SA_KERNEL_KV_STEP + kind; /* those before SnapKV, in order */
+}
+
+/* One token: the attention writes it into its slot, or a kernel before it does; kv_step has the rest, where the attention has it not. */
 static sa_status run_step(sa_cuda_kv_work *work, void *memory, void *stream)
 {
     sa_cuda_slots *slots = &work->slots;
     const int64_t streams = slots->batch * slots->heads_kv, vectors = slots->turned != NULL ? slots->group + 1 : 1;
     slots->weight_rows = 1;
-    slots->appended = work->appends;
     if (!work->appends) {
         SA_TRY(launch_slots(work, SA_KERNEL_KV_APPEND, streams * ceil_div(vectors, SA_KV_APPEND_WARPS), 32 * SA_KV_APPEND_WARPS, 0, slots, stream));
     }
     address(work, &work->full);
+    if (work->evicts) {
+        describe_eviction(slots, &work->full.eviction);
+    }
     SA_TRY(sa_cuda_run(&work->full, memory, stream));
+    if (work->evicts) {
+        return SA_OK;
+    }
     slots->waits = work->appends && sa_device_has_wgmma(&work->scope); /* the attention lets it begin */
-    return launch_slots(work, SA_KERNEL_KV_STEP, streams, SA_KV_STEP_THREADS, SA_KV_EVICT_SHARED, slots, stream);
+    const int64_t threads = slots->slots <= 1024 ? 128 : slots->slots <= 2048 ? 256 : SA_KV_STEP_THREADS;
+    return launch_slots(work, step_kernel(slots->kind), streams, threads, SA_KV_STEP_SHARED, slots, stream);
 }
 
 static sa_status run_part(sa_cuda_kv_work *work, sa_cuda_work *part, void *memory, void *stream)

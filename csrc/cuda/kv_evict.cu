@@ -5,7 +5,9 @@
  * who lies behind the tokens that stay into the slots of those that left. Every result is the same each time: what is added up in no order
  * are whole numbers. bytes = slots * (weights + state), read and written once; scores and positions are in shared memory where they fit.
  * kv_mass: what the tokens held received in a call, in order of their positions. A step of one token is kv_step.cu's.
- * H200, 2026-11-25, bf16, 8 kv heads, D 128, by the profiler: a part of 128 tokens at 1024 slots, us: H2O 25, TOVA 150, SnapKV 261. */
+ * H200, 2026-11-25, bf16, 8 kv heads, D 128, by the profiler: a part of 128 tokens at 1024 slots, us: H2O 25, TOVA 150, SnapKV 261,
+ * before slots were sorted as words and several weights were on their way at a time, which is not timed apart: a whole step with SnapKV takes
+ * 68 us at 1024 slots, 197 at 4096; B 8 82 and 238. */
 #include "kv_slots.cuh"
 
 namespace sa
@@ -96,46 +98,53 @@ __device__ void sum_rows(const sa_cuda_slots &c, const judged &at, const float *
     __syncthreads();
 }
 
-/* What every query gave to a slot, into the ring of the last `window` of them. */
-__device__ void fill_ring(const sa_cuda_slots &c, const judged &at, int64_t slot, const float *weights, int64_t rows)
+constexpr int queries_at_a_time = 8;
+
+/* What a query gave to a slot, into the ring of the last `window` of them. */
+__device__ __forceinline__ void fill_ring(const sa_cuda_slots &c, const judged &at, int64_t slot, int64_t query, float weight)
 {
-    for (int64_t row = most(rows - c.window, 0); row < rows; row++) {
-        const int64_t place = (at.length - at.fresh + row) % c.window;
-        const float weight = weights[row * c.stride];
-        if (c.kind == snap_kv) {
-            ((float *)(c.rings + slot * c.ring_bytes))[place] = weight;
-        } else {
-            put_bit(c, slot, place, (double)weight * (double)(at.held + row + 1) >= 1.0);
-        }
+    const int64_t place = (at.length - at.fresh + query) % c.window;
+    if (c.kind == snap_kv) {
+        ((float *)(c.rings + slot * c.ring_bytes))[place] = weight;
+    } else {
+        put_bit(c, slot, place, (double)weight * (double)(at.held + query + 1) >= 1.0);
     }
 }
 
-/* Slot i learns. weights: of the first query. */
+/* Slot i learns. weights: of the first query. Several loads are on their way at a time; a weight of 0 beyond the last adds nothing. */
 __device__ void learn(const sa_cuda_slots &c, const judged &at, int64_t i, const float *weights, int64_t rows)
 {
     const int64_t slot = at.first + i;
-    const bool by_length = c.kind == v_length_h2o;
+    const bool by_length = c.kind == v_length_h2o, decays = c.kind == h2o_ema, rings = c.kind == scissorhands || c.kind == snap_kv;
     const double length = by_length ? c.own[c.batch * c.heads_kv * c.stride + slot] : 0.0;
     double mass = c.mass[slot], call = c.keep_call ? c.call[slot] : 0.0, own = c.own[slot];
-#pragma unroll 4
-    for (int64_t row = 0; row < rows; row++) {
-        const double weight = (double)weights[row * c.stride + i];
-        mass += weight;
-        call += weight;
-        if (c.kind == h2o_ema) {
-            own = product(c.decay, own) + weight;
-        } else if (by_length && at.numbers[row] > 0.0) {
-            own += product(weight, length) / at.numbers[row];
+    for (int64_t row = 0; row < rows; row += queries_at_a_time) {
+        float some[queries_at_a_time];
+#pragma unroll
+        for (int e = 0; e < queries_at_a_time; e++) {
+            some[e] = row + e < rows ? weights[(row + e) * c.stride + i] : 0.0f;
+        }
+#pragma unroll
+        for (int e = 0; e < queries_at_a_time; e++) {
+            mass += (double)some[e];
+            call += (double)some[e];
+        }
+        for (int e = 0; e < queries_at_a_time && row + e < rows && (by_length || decays || rings); e++) {
+            if (decays) {
+                own = product(c.decay, own) + (double)some[e];
+            } else if (by_length) {
+                own += at.numbers[row + e] > 0.0 ? product((double)some[e], length) / at.numbers[row + e] : 0.0;
+            } else if (row + e >= rows - c.window) {
+                fill_ring(c, at, slot, row + e, some[e]);
+            }
         }
     }
     c.mass[slot] = mass;
     if (c.keep_call) {
         c.call[slot] = call;
     }
-    if (by_length || c.kind == h2o_ema) {
+    if (by_length || decays) {
         c.own[slot] = own;
-    } else if (c.kind == scissorhands || c.kind == snap_kv) {
-        fill_ring(c, at, slot, weights + i, rows);
     }
 }
 
@@ -174,31 +183,61 @@ __device__ double score_of(const sa_cuda_slots &c, const judged &at, int64_t i)
     }
 }
 
-/* Slots by ascending position, into list: bitonic, with every comparison the same way round, so that what lies behind `count` counts as
- * largest without being there. */
+constexpr int slot_bits = 20;
+constexpr uint32_t slot_mask = (1u << slot_bits) - 1;
+
+/* Slots by ascending position, into list, by counting: for streams whose positions leave no room for a slot in a word. */
+__device__ void count_slots(const judged &at)
+{
+    for (int64_t i = threadIdx.x; i < at.count; i += evict_threads) {
+        int64_t rank = 0;
+        for (int64_t j = 0; j < at.count; j++) {
+            rank += at.places[j] < at.places[i];
+        }
+        at.list[rank] = (int32_t)i;
+    }
+    __syncthreads();
+}
+
+/* The same by sorting words of position and slot: bitonic, with every comparison the same way round, so that what lies behind `count` counts
+ * as largest without being there. A warp's pairs that are near lie in 64 words of its own. */
 __device__ void sort_slots(const judged &at)
 {
-    int64_t whole = 2;
-    while (whole < at.count) {
+    const uint32_t count = (uint32_t)at.count;
+    uint32_t whole = 64, before = 64;
+    if (at.length >> (63 - slot_bits) != 0 || at.count > slot_mask) {
+        count_slots(at);
+        return;
+    }
+    while (whole < count) {
         whole *= 2;
     }
-    for (int64_t i = threadIdx.x; i < at.count; i += evict_threads) {
-        at.list[i] = (int32_t)i;
+    for (uint32_t i = threadIdx.x; i < count; i += evict_threads) {
+        at.order[i] = (uint64_t)at.places[i] << slot_bits | i;
     }
-    for (int64_t block = 2; block <= whole; block *= 2) {
-        for (int64_t reach = block / 2; reach > 0; reach /= 2) {
-            __syncthreads();
-            for (int64_t pair = threadIdx.x; pair < whole / 2; pair += evict_threads) {
-                const int64_t in = pair & (reach - 1), a = (pair - in) * 2 + in, b = reach == block / 2 ? (pair - in) * 2 + block - 1 - in : a + reach;
-                if (b < at.count) {
-                    const int32_t first = at.list[a], second = at.list[b];
-                    if (at.places[first] > at.places[second]) {
-                        at.list[a] = second;
-                        at.list[b] = first;
+    for (uint32_t block = 2; block <= whole; block *= 2) {
+        for (uint32_t reach = block / 2; reach > 0; reach /= 2) {
+            if (reach >= 64 || before >= 64) {
+                __syncthreads();
+            } else {
+                __syncwarp();
+            }
+            before = reach;
+            for (uint32_t pair = threadIdx.x; pair < whole / 2; pair += evict_threads) {
+                const uint32_t in = pair & (reach - 1), a = (pair - in) * 2 + in, b = reach == block / 2 ? (pair - in) * 2 + block - 1 - in : a + reach;
+                if (b < count) {
+                    const uint64_t first = at.order[a], second = at.order[b];
+                    if (first > second) {
+                        at.order[a] = second;
+                        at.order[b] = first;
                     }
                 }
             }
         }
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < count; i += evict_threads) {
+        at.list[i] = (int32_t)(at.order[i] & slot_mask);
     }
     __syncthreads();
 }

@@ -12,8 +12,9 @@
 enum {
     SA_KV_APPEND_WARPS = 4,
     SA_KV_EVICT_WARPS = 16,
-    SA_KV_STEP_THREADS = 1024,
-    SA_KV_SLOTS_A_THREAD = 4, /* of a step, at a time */
+    SA_KV_STEP_THREADS = 512, /* at most */
+    SA_KV_SLOTS_A_THREAD = 8, /* of a step, at a time */
+    SA_KV_STEP_SHARED = 1024,
     SA_KV_WEIGHT_KEYS = 64,
     SA_KV_WEIGHT_ROWS = 64,
     SA_KV_WEIGHT_SLAB = 64, /* columns at a time */
@@ -56,10 +57,23 @@ typedef struct sa_cuda_slots {
     int32_t dtype;       /* SA_CUDA_* */
     int32_t first_part;  /* of its call: `call` begins at zero */
     int32_t keep_call;
-    int32_t appended;    /* a step's key and value are in their slot, written by the attention; the rest is not */
     int32_t waits;       /* the kernel began early */
     int32_t maximum;     /* SnapKV pools by maximum, else by mean */
     int32_t interleaved; /* pairs of the rotation */
 } sa_cuda_slots;
+
+/* A step whose attention also lets a token leave (decode_evict.cuh). Arrays as above. */
+typedef struct sa_cuda_eviction {
+    sa_cuda_problem problem;
+    double *mass, *own;
+    int64_t *positions, *held, *lengths, *evicted_at;
+    const int64_t *budgets;
+    sa_ledger *ledgers;
+    sa_departure *log;
+    int64_t stride, log_size, recent;
+    double decay;
+    int32_t kind;
+    int32_t padding;
+} sa_cuda_eviction;
 
 #endif

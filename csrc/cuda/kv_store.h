@@ -60,6 +60,7 @@ typedef struct sa_cuda_kv_work {
     bool each;               /* weights of every query apart */
     bool step;               /* one token, which kv_step takes in */
     bool appends;            /* and the attention writes into its slot */
+    bool evicts;             /* and does all the rest */
     int64_t weights_offset, scratch_offset, turned_offset, lse_offset, lengths_offset, attention_offset; /* in the caller's memory; < 0: not needed */
     float *part_lse;         /* [batch, heads_q, tokens of a part]; NULL: the caller's, or none */
     int64_t evict_shared;    /* bytes of shared memory */

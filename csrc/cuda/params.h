@@ -127,7 +127,7 @@ typedef struct sa_cuda_problem {
     int64_t common_window;               /* of all heads, as the kernels count it; 0: it differs or is on the device */
     sa_cuda_tensor held_key, held_value; /* where a row's keys lie: the call's tensors, or the cache; of `slots` the host fills them */
     int32_t slots; /* of the host: `lengths` are held in slots of a KVCache, and the call's keys come behind them: a step of one token */
-    int32_t spare;
+    int32_t evicts; /* of the host: such a step may let a token leave as well; sa_cuda_choose: whether it does */
 } sa_cuda_problem;
 
 /* A tensor as Hopper's copy engine sees it: the driver's CUtensorMap. */
@@ -163,8 +163,8 @@ enum {
     SA_PREFILL_WIDE_ROWS = 128,
     SA_PREFILL_KEYS = 64,
     SA_PREFILL_WARPS = 4,
-    SA_HOPPER_HEADS = 64, /* of a group, at most */
-    SA_HOPPER_FEW = 16, /* keys of a small box: the pinned ones, and halves of what is left of a window */
+    SA_HOPPER_HEADS = 64,   /* of a group, at most */
+    SA_HOPPER_FEW = 16,     /* keys of a small box: the pinned ones, and pieces of what whole slices leave */
     SA_WINDOW_KEYS = 144,   /* of a tile of 64 rows, the pinned ones apart, or 136 where that is enough */
     SA_WINDOW_FEWER_KEYS = 136,
     SA_WINDOW_GROUPS = 3,   /* warpgroups that multiply */

@@ -4,12 +4,14 @@
  *
  * The rows of a tile are the queries of all heads of a group, so that a key is read once for the group. A CTA takes tile after tile, the
  * longest first and to and fro, so that all end together. One warp finds tiles, one copies (hopper_copy.cuh), two or three warpgroups of 64
- * rows multiply (hopper_multiply.cuh). Scores of the next slice are computed while the weights of this one meet the values, across the
- * ends of tiles too. Slices are cut from the last key that the tile sees backwards; pinned keys (up to 16) and up to 32 keys that whole
- * slices leave of a window share one small slice. Slices that every row sees whole carry no mask.
+ * rows multiply (hopper_multiply.cuh), at depths 64 and 128 by turns. Scores of the next slice are computed while the weights of this one meet
+ * the values, across the ends of tiles too: a tile is written when the first slice of the next has been weighed. Slices are cut from the last
+ * key that the tile sees backwards; up to 16 pinned keys share the last slice with what whole ones leave, where there is room for both.
+ * Slices that every row sees whole carry no mask. Largest scores are found as integers, three at a time; the exact ones are looked for where
+ * a row may have to be scaled.
  *
  * A form that is `featured` serves softcap, ALiBi, bias of pinned keys, a second query, and scales that are not positive.
- * Not for: caches, learned keys, windows below 512, groups of more than SA_HOPPER_HEADS heads, what the copy engine cannot walk (choose.c).
+ * Not for: caches, learned keys, windows below 512, groups of more than SA_HOPPER_HEADS heads, what the copy engine cannot walk (choose_prefill.c).
  *
  * H200, bf16, medians of 5 to 9 calls timed alone on the device, 2026-11-25. TFLOP/s of dense causal rows (64/8 heads: D 128, N 8192 and
  * 32768; D 64, N 16384) and ms of windows (D 128, N 32768: 1024 with 4 pinned and sink logits, 64/8; 4096 with 4 pinned, 32/8):
@@ -18,16 +20,25 @@
  *   v2 tiles 192 x 80                                      647   644        -        2.71        3.31
  *   v3 a warp finds tiles beforehand                       666   631       530       2.05        3.16
  *   v3 not by turns                                        671   668       534       2.03        3.14
- *   v4 maxima by four chains, uniform addresses            not timed yet
+ *   v4 maxima by four chains, uniform addresses            703   662       542       1.93        3.01
+ *   v5 pinned keys in the last slice, integer maxima       737   688       560       1.86        2.82
+ *   v5 by turns (v4 and both v5 in one run)                738   721       572       1.85        2.84
  *   cuDNN, in the run of v1 and v2                         611   598       479        -           -
- * Forms of depth 96, 192 and 256 and those that are featured: not timed yet. Limited by: not known; long runs vary by 5 % with the clock.
+ * N 2048, D 128: v4 511, v5 543. Window 1024 with 4 pinned and sink logits at D 64, batch 2: v4 2.63 ms, v5 2.58; a tile of 9 slices takes
+ * as long as 10.7 of dense rows. The other forms by `attend` in that run: dense 64/8 heads N 8192, D 96 567 TFLOP/s, 192/128 725; D 256, 16
+ * heads, N 16384 680. What the features cost at window 1024 with 4 pinned, D 128 (D 64): softcap 1.6 times (1.95), ALiBi 1.26 (1.41), bias of
+ * pinned keys 1.18 (1.30), a second query 1.22 (1.23); lengths, starts, windows by head, sink logits, fp16 0.96 to 1.12. One call in the same
+ * run gave 663 at D 128 N 8192 through `attend` with other numbers in it: not looked into.
+ * Limited by: v4 at D 64 issued in 47 % of all cycles and had the exponentials' pipe busy in 59 %; without any maxima it had 600 TFLOP/s,
+ * without exponentials 614, without sums 570. Long runs vary by 5 % with the clock.
  *
  * A trap: ptxas moves wgmma's wait to the top of its basic block, above the softmax that should hide it; a branch before it keeps it where
  * it is (finish_values). v1 had no overlap inside of a warpgroup for that reason.
- * Tried and lost (v2, v3): 2 or 4 of 16 exponentials by polynomial (2 to 5 % at D 128, more at D 64); queries in registers (nothing); turns
- * of the warpgroups (1 to 6 %); scaling at every new maximum (1 to 3 %); kv heads in sections (8 to 16 % at N 8192); D 128 with 192 x 64,
- * 128 x 96 to 176; two stages instead of three (7 %); D 64 with 128 rows (12 to 20 %), 96 or 112 keys (3 %). Four multiplying
- * warpgroups hang where they ask for more registers than the CTA began with. */
+ * Tried and lost (v2, v3): 2 or 4 of 16 exponentials by polynomial (2 to 5 % at D 128, more at D 64); queries in registers (nothing);
+ * scaling at every new maximum (1 to 3 %); kv heads in sections (8 to 16 % at N 8192); D 128 with 192 x 64, 128 x 96 to 176; two stages
+ * instead of three (7 %); D 64 with 128 rows (12 to 20 %). v5: sums by a product with ones (4 to 14 %, and lse is rounded); D 64 with 112 keys
+ * (3 % for dense rows; the window 3 % faster), with 96 (5 %); D 128 with 96 keys (registers); turns that last until the keys' products are
+ * there (no more than these). Four multiplying warpgroups hang where they ask for more registers than the CTA began with. */
 #include "hopper_copy.cuh"
 #include "hopper_multiply.cuh"
 
@@ -94,7 +105,7 @@ template <typename T, typename F> __device__ __forceinline__ void prefill_hopper
 
 template <typename T, typename F> __device__ __forceinline__ void prefill_hopper(const sa_cuda_prefill &)
 {
-    __trap(); /* choose.c sends nothing here */
+    __trap(); /* choose_prefill.c sends nothing here */
 }
 
 #endif

@@ -169,6 +169,12 @@ __device__ __forceinline__ double product(double a, double b)
     return __dmul_rn(a, b);
 }
 
+/* The least number of a warp; every lane gets it. */
+__device__ __forceinline__ uint32_t least_of_warp(uint32_t number)
+{
+    return __reduce_min_sync(~0u, number);
+}
+
 /* Counts an arrival, with all that the CTA wrote before its last barrier, at a counter that returns to 0. True for the last of `count`. */
 __device__ __forceinline__ bool arrive(uint32_t *counter, uint32_t count)
 {
@@ -240,6 +246,11 @@ __device__ __forceinline__ float2 cluster_load_pair(uint32_t address)
     asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
     return x;
 }
+
+__device__ __forceinline__ void cluster_store_pair(uint32_t address, uint64_t first, uint64_t second)
+{
+    asm volatile("st.shared::cluster.v2.b64 [%0], {%1, %2};" ::"r"(address), "l"(first), "l"(second) : "memory");
+}
 #else
 __device__ __forceinline__ uint32_t cluster_index()
 {
@@ -269,6 +280,10 @@ __device__ __forceinline__ void cluster_wait()
 __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t)
 {
     return address;
+}
+
+__device__ __forceinline__ void cluster_store_pair(uint32_t, uint64_t, uint64_t)
+{
 }
 
 __device__ __forceinline__ float2 cluster_load_pair(uint32_t)

@@ -216,6 +216,7 @@ static sa_status plan(const sa_attend_params *params, const sa_cuda_store *cache
     describe(params, cache, &work->problem);
     if (slots != NULL && slots->keys != NULL) {
         work->problem.slots = 1;
+        work->problem.evicts = slots->evicts;
         work->problem.held_key = tensor_of(slots->keys);
         work->problem.held_value = tensor_of(slots->values);
         work->problem.kv_length = work->problem.mass_length = slots->keys->shape[2];

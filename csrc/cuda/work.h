@@ -6,6 +6,7 @@
 #define SA_WORK_H
 
 #include "cache.h"
+#include "kv_slots.h"
 
 enum { SA_MAX_STAGED = 11 };
 
@@ -31,6 +32,7 @@ typedef struct sa_cuda_work {
         sa_cuda_problem problem;
         sa_cuda_backward backward; /* begins with a problem */
         sa_cuda_prefill prefill;   /* the same */
+        sa_cuda_eviction eviction; /* the same */
     };
     sa_cuda_plan plan;
     sa_staged staged[SA_MAX_STAGED];
@@ -49,6 +51,7 @@ sa_status sa_cuda_begin(const sa_attend_params *params, const sa_cuda_store *cac
  * whether it can be, plan.append of the problem says. */
 typedef struct sa_cuda_beside {
     const sa_tensor *keys, *values; /* NULL: they are the call's */
+    bool evicts;                    /* such a step may let a token leave: the caller fills work->eviction where problem.evicts says so */
     uint32_t *counters;             /* of the cache, at zero */
     int64_t counter_count;
 } sa_cuda_beside;

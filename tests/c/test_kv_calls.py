@@ -107,6 +107,32 @@ for tokens in CUTS:
 """)
 
 
+def test_a_step_in_one_launch(emulation):
+    """By one CTA and by a cluster of them, from before the first eviction on; a row that gets no token, sinks, the token that leaves
+    at once."""
+    run(emulation[0], """
+numbers = lambda *shape: random.standard_normal(shape).astype(np.float32)
+launches = lambda: sinkattn.show_config()["cuda_launches"].get("decode_evict_f16_64", 0)
+import sinkattn
+def stepped(caches, count, before=None, **keywords):
+    for index in range(count):
+        step(*caches, 1, before if index % 4 == 1 else None, bound=4e-3, return_mass=False, **keywords)
+for policy in H2O(), H2ONorm(), H2OEMA(0.9), SinkWindow():
+    caches, begun = pair(policy=policy, dtype="float16", depth=64, depth_v=40, log=3), launches()
+    step(*caches, 18, bound=4e-3)
+    stepped(caches, 7, [1, 0], sink_logits=numbers(4, 2), sink_bias=numbers(4, 2))
+    assert launches() == begun + 7, launches()
+caches = pair(policy=H2O(), dtype="float16", depth=64, depth_v=64, recent=0, budget=[5, 9])
+stepped(caches, 14, group=3)
+many = {"batch": 1, "heads": 1, "depth": 64, "depth_v": 64, "budget": 1500, "recent": 9}
+for policy in H2O(), H2OEMA(0.9):
+    ours, theirs = pair(policy=policy, dtype="float16", **many)
+    ours.attend(*(random.standard_normal((1, heads, 1499, 64)).astype(np.float16) for heads in (4, 1, 1)))
+    theirs.load_state_dict(ours.state_dict())
+    stepped((ours, theirs), 4, group=4)
+""")
+
+
 def test_everything_beside_a_call(emulation):
     """reset, reorder, crop, copy and states, in the middle of a stream that goes on."""
     run(emulation[0], """

@@ -48,7 +48,7 @@ class Slots(ctypes.Structure):
                 *_fields(I64, "batch heads_kv group stride slots depth depth_v weight_rows ring_bytes "
                               "log_size lse_length pinned recent every window kernel pairs"),
                 *_fields(F64, "decay scaling"), ("seed", ctypes.c_uint64),
-                *_fields(I32, "kind dtype first_part keep_call appended waits maximum interleaved")]
+                *_fields(I32, "kind dtype first_part keep_call waits maximum interleaved")]
 
 
 class Cache:

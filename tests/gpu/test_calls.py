@@ -78,6 +78,20 @@ def test_long_calls_with_everything_that_changes_a_score(torch):
     assert_close(wide(out), right, HALF_RELATIVE["bfloat16"])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("depth", [64, 128])
+def test_long_calls_whose_scores_are_negative(depth, dtype, torch):
+    """Far below zero, then near it and far again, in the order in which slices of keys are taken."""
+    q, k, v = qkv(torch, heads=(4, 2), queries=300, keys=1300, depth=depth, dtype=dtype)
+    sizes = torch.where(torch.arange(1300, device="cuda") // 200 % 2 == 0, 3.0, 0.01)
+    q, k = q.abs(), -k.abs() * sizes[:, None].to(k.dtype)
+    for keywords in ({}, {"window": 700, "sinks": 4}, {"window": 1216, "sinks": 16}):
+        out, lse = attend(q, k, v, return_lse=True, **keywords)
+        right, right_lse = reference.attend(*map(wide, (q, k, v)), return_lse=True, **keywords)
+        assert_close(wide(out), right, HALF_RELATIVE[dtype])
+        assert_lse_close(wide(lse), right_lse, 2e-4)
+
+
 def test_packed_sequences_are_calls_of_their_own(torch):
     cumulative = np.array([0, 300, 300, 333, 1000])
     q, k, v = qkv(torch, batch=1, heads=(6, 2), queries=1000, keys=1000, depth=64)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sinkattn import KVCache
+from sinkattn import KVCache, show_config
 from sinkattn.policy import (
     CUR,
     H2O,
@@ -97,3 +97,25 @@ def test_work_goes_to_the_current_stream(torch):
         assert not side.query(), "the call waited"
     side.synchronize()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("policy", [SinkWindow(), H2O(), H2ONorm(), H2OEMA(0.9)], ids=repr)
+@pytest.mark.parametrize("budget, batch", [(60, 2), (1500, 1), (4096, 8)])
+def test_a_step_in_one_launch_is_one_in_three(policy, budget, batch, torch):
+    """With its mass wanted a step goes through the kernels of longer calls: the same but for the order of sums."""
+    def launches():
+        return show_config()["cuda_launches"].get("decode_evict_bf16_128", 0)
+    making = {"policy": policy, "budget": budget, "recent": 16, "dtype": "bfloat16", "device": "cuda"}
+    heads = (32, 8)
+    cache = KVCache(batch, 8, 128, **making)
+    cache.attend(*chunk(torch, budget - 2, batch=batch, heads=heads, depth=128))
+    other, before = cache.copy(), launches()
+    for step in range(20):
+        new = chunk(torch, batch=batch, heads=heads, depth=128, seed=step + 1)
+        out, lse = cache.attend(*new, return_lse=True)
+        expected, sums, _ = other.attend(*new, return_lse=True, return_mass=True)
+        assert torch.allclose(out.float(), expected.float(), atol=1e-2) and torch.allclose(lse, sums, atol=1e-5)
+    assert launches() == before + 20
+    assert positions(cache) == positions(other)
+    for a, b in zip(cache.ledger.heads[-1], other.ledger.heads[-1]):
+        assert (a.evicted, a.forgotten) == (b.evicted, b.forgotten) and a.mass == pytest.approx(b.mass, rel=1e-5)

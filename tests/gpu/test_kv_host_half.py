@@ -77,14 +77,14 @@ for policy in H2O(), SnapKV(w=3, kernel=3), Scissorhands(5), SinkWindow():
 
 
 def test_what_a_call_launches(fake):  # noqa: F811
-    """A step is attention, which appends and weighs, and one kernel more; a longer call goes part by part."""
+    """A step is attention, which appends and weighs, and has the rest where it can; a longer call goes part by part."""
     run(MAKE + """
 fake = ctypes.CDLL("libcuda.so.1")
 q, new, out = device(1, 32, 1, 128), device(1, 8, 1, 128), device(1, 32, 1, 128)
 make = lambda policy=H2O(), **making: KVCache(1, 8, 128, policy=policy, budget=1024, dtype="float16", device="cuda", **making)
 cache = make()
 step = lambda: cache.attend(q, new, new, out=out)
-assert launched(step) == {"decode_mass_f16_128": 1, "kv_step": 1}
+assert launched(step) == {"decode_evict_f16_128": 1}
 fake.fake_calls(b"cuMemAlloc"), fake.fake_calls(b"cuMemsetD8Async"), fake.fake_calls(b"cuStreamIsCapturing")
 step()
 assert [fake.fake_calls(name) for name in (b"cuMemAlloc", b"cuMemsetD8Async", b"cuStreamIsCapturing")] == [1, 0, 0]
@@ -95,9 +95,11 @@ assert got == {"kv_append": 3, "prefill_hopper_f16_128": 3, "mass_hopper_f16_128
 cache = make(TOVA(), rope=Rope.from_theta(128))
 got = launched(lambda: cache.attend(*long, return_mass=True, sink_logits=[0.5] * 32, new_lengths=[200]))
 assert got == {"kv_append": 3, "prefill_hopper_f16_128": 3, "kv_weights": 3, "kv_evict": 3, "kv_mass": 1, "stage": 4}, got
-assert launched(step) == {"kv_append": 1, "decode_mass_f16_128": 1, "kv_step": 1}  # keys and queries are turned
+assert launched(step) == {"kv_append": 1, "decode_mass_f16_128": 1, "kv_step_tova": 1}  # keys and queries are turned
+cache = make(Scissorhands())
+assert launched(step) == {"decode_mass_f16_128": 1, "kv_step_scissorhands": 1}
 cache = make(SinkWindow(), track_mass=False)
-assert launched(step) == {"decode_f16_128": 1, "kv_step": 1}
+assert launched(step) == {"decode_f16_128": 1, "kv_step_sink_window": 1}
 cache = make(SinkWindow(), track_mass=False, every=2)
 assert launched(step) == {"kv_append": 1, "decode_f16_128": 1, "kv_evict": 1}
 cache = make(SnapKV())

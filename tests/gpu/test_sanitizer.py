@@ -11,7 +11,8 @@ import pytest
 
 CLEAN = """
 import cupy, numpy as np, sys
-from sinkattn import Rope, SinkCache, attend, attend_backward, mass, merge, show_config
+from sinkattn import KVCache, Rope, SinkCache, attend, attend_backward, mass, merge, show_config
+from sinkattn.policy import CUR, H2O, H2OEMA, TOVA, H2ONorm, KeyDiff, KNorm, Random, Scissorhands, SinkWindow, SnapKV, VLengthH2O
 
 random = np.random.default_rng(0)
 def normal(dtype, *shape):
@@ -43,6 +44,20 @@ for dtype in (np.float32, np.float16):
             chunk = [normal(dtype, 2, h, tokens, 64) for h in (4, 2, 2)]
             cache.attend(*chunk, new_lengths=[tokens, tokens // 2], return_mass=True)
         cache.reorder([1, 0]), cache.crop(0), cache.reset([0])
+"""
+
+# every policy, one token at a time and many, keys and queries as they are and turned
+POLICIES = """
+for rule in (SinkWindow(), H2O(), H2ONorm(), H2OEMA(0.9), VLengthH2O(), Scissorhands(5), TOVA(), SnapKV(w=4, kernel=3), KeyDiff(),
+             KNorm(), CUR(5), Random(7)):
+    for dtype, rope in ((np.float16, None), (np.float32, Rope.from_theta(64))):
+        cache = KVCache(1, 2, 64, policy=rule, budget=20, sinks=2, recent=6, chunk=16, rope=rope, dtype=np.dtype(dtype).name, device="cuda")
+        for tokens in (1, 30, 1, 1, 7):
+            cache.attend(*[normal(dtype, 1, h, tokens, 64) for h in (4, 2, 2)], return_mass=tokens == 7)
+        cache.reset([0])
+"""
+
+END = """
 cupy.cuda.Device().synchronize()
 print("RAN", *show_config()["cuda_launches"], flush=True)
 print("CLEAN PART ENDS", flush=True)
@@ -99,7 +114,7 @@ def test_no_report_but_the_planted_one(tool, torch):
                    "CUPY_CACHE_IN_MEMORY": "1"}
     done = subprocess.run(
         [sanitizer(), "--tool", tool, "--print-limit", "20", sys.executable, "-c",
-         "import cupy\ncupy.cuda.set_allocator(None)\n" + CLEAN + PLANTED[tool] + end],
+         "import cupy\ncupy.cuda.set_allocator(None)\n" + CLEAN + POLICIES + END + PLANTED[tool] + end],
         env=environment, capture_output=True, text=True, timeout=300)
     clean, marker, planted = done.stdout.partition("CLEAN PART ENDS")
     assert marker, done.stdout[-3000:] + done.stderr[-3000:]
@@ -108,7 +123,8 @@ def test_no_report_but_the_planted_one(tool, torch):
     assert not reports, "\n".join(reports[:30])
     ran = re.search(r"^RAN (.*)$", clean, re.M)[1].split()
     for family in ("decode", "prefill", "attend_f32", "mass", "cache_rotate", "cache_commit", "stage", "merge",
-                   "backward_rows", "backward_numbers", "backward_keys", "backward_queries"):
+                   "backward_rows", "backward_numbers", "backward_keys", "backward_queries", "decode_evict",
+                   "kv_append", "kv_step", "kv_evict", "kv_mass", "kv_weights"):
         assert any(name.startswith(family) for name in ran), f"{family} did not run: {ran}"
     summary = re.search(r"(ERROR|RACECHECK) SUMMARY: (\d+)", planted)
     assert summary and int(summary[2]) > 0, planted[-2000:]

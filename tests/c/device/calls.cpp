@@ -14,7 +14,9 @@ extern "C" {
 
 void merge(sa_merge_problem);
 void kv_append(sa_cuda_slots);
-void kv_step(sa_cuda_slots);
+void kv_step_sink_window(sa_cuda_slots), kv_step_h2o(sa_cuda_slots), kv_step_h2o_norm(sa_cuda_slots), kv_step_h2o_ema(sa_cuda_slots),
+    kv_step_v_length_h2o(sa_cuda_slots), kv_step_scissorhands(sa_cuda_slots), kv_step_tova(sa_cuda_slots), kv_step_k_norm(sa_cuda_slots),
+    kv_step_drawn(sa_cuda_slots);
 void kv_evict(sa_cuda_slots);
 
 int64_t sa_dtype_size(sa_dtype dtype)
@@ -124,9 +126,13 @@ void run_kv_append(const sa_cuda_slots *slots)
 
 void run_kv_evict(const sa_cuda_slots *slots)
 {
+    static void (*const steps[SA_POLICY_COUNT])(sa_cuda_slots) = {
+        kv_step_sink_window, kv_step_h2o, kv_step_h2o_norm, kv_step_h2o_ema, kv_step_v_length_h2o, kv_step_scissorhands, kv_step_tova,
+        nullptr, nullptr, kv_step_k_norm, nullptr, nullptr, kv_step_drawn, nullptr};
     const uint32_t streams = (uint32_t)(slots->batch * slots->heads_kv);
-    if (slots->tokens == 1 && slots->every == 1 && sa_policy_scores_alone((sa_policy_kind)slots->kind)) {
-        device::launch_kernel([=] { kv_step(*slots); }, {0, streams, SA_KV_STEP_THREADS, 1, SA_KV_EVICT_SHARED, 0});
+    void (*const step)(sa_cuda_slots) = steps[slots->kind];
+    if (slots->tokens == 1 && slots->every == 1 && step != nullptr) {
+        device::launch_kernel([=] { step(*slots); }, {0, streams, 128, 1, SA_KV_STEP_SHARED, 0});
     } else {
         device::launch_kernel([=] { kv_evict(*slots); }, {0, streams, 32 * SA_KV_EVICT_WARPS, 1, SA_KV_EVICT_SHARED + (uint32_t)SA_KV_SCRATCH(slots->stride), 0});
     }

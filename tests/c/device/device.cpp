@@ -6,6 +6,7 @@
 #include <string>
 
 #include "launch.h"
+#include "kv_slots.h"
 
 namespace device
 {
@@ -159,10 +160,15 @@ void launch_kernel(const std::function<void()> &kernel, const sa_cuda_launch &la
                     _(backward_queries_bf16_256) _(backward_hopper_f16_64) _(backward_hopper_f16_128) _(backward_hopper_bf16_64)           \
                         _(backward_hopper_bf16_128) _(backward_finish_f16) _(backward_finish_bf16)
 
+#define SA_EVICT_KERNELS(_)                                                                                                                \
+    _(decode_evict_f16_64) _(decode_evict_f16_128) _(decode_evict_f16_256) _(decode_evict_bf16_64) _(decode_evict_bf16_128) _(decode_evict_bf16_256)
+
 #define SA_DECLARE(name) extern "C" void name(sa_cuda_problem);
 SA_KERNELS(SA_DECLARE)
 #define SA_DECLARE_BACKWARD(name) extern "C" void name(sa_cuda_backward);
 SA_BACKWARD_KERNELS(SA_DECLARE_BACKWARD)
+#define SA_DECLARE_EVICT(name) extern "C" void name(sa_cuda_eviction);
+SA_EVICT_KERNELS(SA_DECLARE_EVICT)
 
 void device::launch_problem(const sa_cuda_launch &launch, const void *pod)
 {
@@ -179,6 +185,12 @@ void device::launch_problem(const sa_cuda_launch &launch, const void *pod)
         return;                                                                                                                            \
     }
     SA_BACKWARD_KERNELS(SA_COMPARE_BACKWARD)
+#define SA_COMPARE_EVICT(name)                                                                                                             \
+    if (wanted == #name) {                                                                                                                 \
+        launch_kernel([=] { name(*(const sa_cuda_eviction *)pod); }, launch);                                                              \
+        return;                                                                                                                            \
+    }
+    SA_EVICT_KERNELS(SA_COMPARE_EVICT)
     abort();
 }
 

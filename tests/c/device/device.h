@@ -205,6 +205,13 @@ inline int __ffs(unsigned x)
     return __builtin_ffs((int)x);
 }
 
+inline long long __double_as_longlong(double x)
+{
+    long long bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 inline double __longlong_as_double(long long bits)
 {
     double value;

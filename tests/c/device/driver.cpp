@@ -11,7 +11,9 @@ extern "C" {
 
 void merge(sa_merge_problem);
 void kv_append(sa_cuda_slots);
-void kv_step(sa_cuda_slots);
+#define SA_STEPS(_) _(sink_window) _(h2o) _(h2o_norm) _(h2o_ema) _(v_length_h2o) _(scissorhands) _(tova) _(k_norm) _(drawn)
+#define SA_DECLARE_STEP(name) void kv_step_##name(sa_cuda_slots);
+SA_STEPS(SA_DECLARE_STEP)
 void kv_evict(sa_cuda_slots);
 void kv_mass(sa_cuda_slots);
 void kv_weights(sa_cuda_problem);
@@ -30,7 +32,8 @@ void fake_run_kernel(const char *name, const CUlaunchConfig *config, const void 
     }
     SA_RUN(merge, sa_merge_problem)
     SA_RUN(kv_append, sa_cuda_slots)
-    SA_RUN(kv_step, sa_cuda_slots)
+#define SA_RUN_STEP(name) SA_RUN(kv_step_##name, sa_cuda_slots)
+    SA_STEPS(SA_RUN_STEP)
     SA_RUN(kv_evict, sa_cuda_slots)
     SA_RUN(kv_mass, sa_cuda_slots)
     SA_RUN(kv_weights, sa_cuda_problem)

@@ -192,6 +192,15 @@ inline void add_to(int64_t *number, int64_t added)
     *number += added;
 }
 
+inline uint32_t least_of_warp(uint32_t number)
+{
+    for (int step = 1; step < 32; step *= 2) {
+        const uint32_t other = __shfl_xor_sync(~0u, number, step);
+        number = other < number ? other : number;
+    }
+    return number;
+}
+
 inline double product(double a, double b)
 {
     return a * b;
@@ -248,6 +257,13 @@ inline void cluster_wait()
 inline uint32_t cluster_address(uint32_t address, uint32_t rank)
 {
     return address | rank << 24;
+}
+
+inline void cluster_store_pair(uint32_t address, uint64_t first, uint64_t second)
+{
+    const uint64_t pair[2] = {first, second};
+    must_be_aligned(address, 16);
+    memcpy(device::current_cluster->blocks[address >> 24].shared + (address & 0xffffff), pair, sizeof pair);
 }
 
 inline float2 cluster_load_pair(uint32_t address)
