@@ -19,14 +19,15 @@
  *   v4 less code before the first key and after the last         10.3 / 37.1 / 132   4286   4388   14.4 / 41.5    2026-11-25
  *   v5 the token first, a lane for each split, early turns        10.1 / 37.4 / 126  4420   4511   12.1 / 38.8    2026-11-25
  *   v6 asks for its first keys before it knows which, in long calls   10.4 / 38.2 / 126  4378   4438   11.9 / 38.5    2026-11-25
- * Whether v6 gains is open: in an earlier run, beside calls without it, 123 us stood for 126, 240 for 242 and 473 for 475 at B 64, 37.8 for
- * 39.3; the row above has no such neighbour.
+ * v6 gains 1.0 us of the step at B 8 (38.9 without 39.95) and nothing elsewhere. In that run, of a build that differs in calls with mass alone,
+ * 10.44 / 37.82 / 126.7 us stood beside torch's cuDNN at 11.53 / 38.20 / 129.5; B 64 had 4385 GB/s, D 64 4412.
  * With mass (decode_mass.cuh) 11.9 us, 53.9 us, B 64 265 us beside 245 us without; steps 14.8 / 42.0 us. The scores of 32768 keys leave room
  * for six warps, and six do not keep the memory busy: a slice takes 1800 cycles, as it does with eight.
  * v4 ran on a machine whose plain read was slower by a tenth at B 64 in that run (3804 GB/s).
  * Limited by, at B 1: code that runs once and cold, about 7 cycles an instruction: of 17100 cycles 2750 pass before the first key is asked
  * for, 7500 while 64 multiprocessors draw at the full rate of the memory, 4500 from the last key to the end.
- * Tried and lost: clusters of 16 (7 fit at a time); two small CTAs a multiprocessor with splits; 16 splits meeting in scratch below
+ * Tried and lost: asking for keys before all else (1.2 to 1.5 us at B 1); the tail run once on nothing while keys are on their way (2.7 us);
+ * clusters of 16 (7 fit at a time); two small CTAs a multiprocessor with splits; 16 splits meeting in scratch below
  * 100000 keys; at 131072 keys 8, 32 and 33 splits (134.8, 132.1, 132.3 us beside 125.9 with 16); two or three splits at B 64. Tried and not
  * taken up: beginning before the kernel in front has ended (programmatic launch). It costs 0.4 to 1 us at 4096 keys where that kernel lets
  * the next one begin at once; without that it gains 0.1 us there and 0.3 to 0.6 us in longer calls. */

@@ -11,7 +11,9 @@
  * a row may have to be scaled.
  *
  * A form that is `featured` serves softcap, ALiBi, bias of pinned keys, a second query, and scales that are not positive.
- * Not for: caches, learned keys, windows below 512, groups of more than SA_HOPPER_HEADS heads, what the copy engine cannot walk (choose_prefill.c).
+ * Not for: caches, learned keys, windows that window_sm90.cu takes, groups of more than SA_HOPPER_HEADS heads, what the copy engine cannot
+ * walk (choose_prefill.c). Windows between the two, v4: D 128, 32/8 heads, N 16384, 192 / 256 / 384 / 511 with 4 pinned 0.230 / 0.257 / 0.281 / 0.331
+ * ms, where prefill_sm80.cu took 0.778 / 0.866 / 1.04 / 1.24 on the same card, by another job.
  *
  * H200, bf16, medians of 5 to 9 calls timed alone on the device, 2026-11-25. TFLOP/s of dense causal rows (64/8 heads: D 128, N 8192 and
  * 32768; D 64, N 16384) and ms of windows (D 128, N 32768: 1024 with 4 pinned and sink logits, 64/8; 4096 with 4 pinned, 32/8):

@@ -12,9 +12,11 @@
  *   v1 addresses by 64-bit products                                  0.175   0.388    2026-11-25
  *   v2 half the instructions of a tile                               0.145   0.311
  *   v3 160 registers for those who multiply                          0.125   0.292    in four runs up to 0.135 and 0.309
- * Through attend the first takes 0.127; on the same card in the same hour flex compiled by torch 2.11 0.483, prefill_sm80.cu 0.688. The floor
- * of memory is 0.079 and 0.14. What limits, by ncu: a scheduler issues 1440 and 1010 instructions a tile, in 40 and 50 % of its cycles; a warp that
- * multiplies takes 6 to 8 cycles for each, a quarter of it for results of fixed latency, and there are three such warps.
+ * Through attend the first takes 0.127, in a run in which flex compiled by torch 2.11 took 0.482; prefill_sm80.cu 0.688 on the same card, by
+ * another job. There softcap took 0.258, ALiBi 0.205, a second query 0.216, bias of pinned keys 0.206, lengths 0.130, lse 0.131, 32 packed sequences
+ * 0.149; the second line 0.291. The floor of memory is 0.079 and 0.14. What limits, by ncu: a scheduler issues 1440 and 1010 instructions a tile,
+ * in 40 and 50 % of its cycles; a warp that multiplies takes 6 to 8 cycles for each, a quarter of it for results of fixed latency, and there are
+ * three such warps.
  *
  * Tried and lost: queries from memory into registers and outputs from registers, 16 bytes a thread, with the columns of keys and values woven
  * so that they suit, a ring that repeats 9 bundles so that all keys are one product, and no staging: 730 instructions in the loop of depth 64
