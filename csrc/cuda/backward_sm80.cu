@@ -114,30 +114,6 @@ template <typename S> __device__ __forceinline__ void clear_columns(const sa_cud
 
 /* --- products ----------------------------------------------------------------------------------------------------------------------- */
 
-/* Products of the warp's rows with those of a slice. */
-template <typename S>
-__device__ __forceinline__ void multiply_rows(uint32_t rows, uint32_t slice, score_tile<S::slice> (&products)[S::blocks])
-{
-    const int lane = threadIdx.x % 32, row = lane % 16, other = lane % 8 + lane / 16 * 8, side = lane / 8 % 2;
-#pragma unroll
-    for (int step = 0; step < S::depth / 16; step++) {
-        uint32_t a[S::blocks][4], b[4];
-#pragma unroll
-        for (int i = 0; i < S::blocks; i++) {
-            load_matrices(a[i], rows + piece_at<S::depth>(16 * i + row, 2 * step + lane / 16));
-        }
-#pragma unroll
-        for (int pair = 0; pair < S::slice / 16; pair++) {
-            load_matrices(b, slice + piece_at<S::depth>(pair * 16 + other, 2 * step + side));
-#pragma unroll
-            for (int i = 0; i < S::blocks; i++) {
-                S::T::multiply(products[i].at[2 * pair], a[i], b[0], b[1]);
-                S::T::multiply(products[i].at[2 * pair + 1], a[i], b[2], b[3]);
-            }
-        }
-    }
-}
-
 /* sums += weights * slice. */
 template <typename S>
 __device__ __forceinline__ void add_weighted(uint32_t slice, const score_tile<S::slice> (&weights)[S::blocks],
@@ -249,9 +225,9 @@ __device__ __forceinline__ void meet(const sa_cuda_problem &p, int64_t batch, co
     const uint32_t right = shared_address(where.right) + warp_row * S::depth * 2, slice_right = slice + S::slice_bytes;
     const bool featured = is_featured(p, r);
     score_tile<S::slice> scores[S::blocks] = {}, gradients[S::blocks] = {};
-    multiply_rows<S>(left, slice, scores);
+    multiply_rows<typename S::T, S::depth>(left, slice, scores);
     if (!S::scores_alone) {
-        multiply_rows<S>(right, slice_right, gradients);
+        multiply_rows<typename S::T, S::depth>(right, slice_right, gradients);
     }
     if (featured) {
 #pragma unroll
@@ -285,7 +261,7 @@ __device__ __forceinline__ void meet(const sa_cuda_problem &p, int64_t batch, co
             for (int i = 0; i < S::blocks; i++) {
                 scores[i] = {};
             }
-            multiply_rows<S>(left, slice, scores);
+            multiply_rows<typename S::T, S::depth>(left, slice, scores);
 #pragma unroll
             for (int i = 0; i < S::blocks; i++) {
                 scores[i] = cap_slopes<S::slice>(p, scores[i]);

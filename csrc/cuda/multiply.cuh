@@ -29,6 +29,30 @@ template <int slice> struct score_tile {
     float at[slice / 8][4];
 };
 
+/* Products of a warp's rows, blocks of 16, with those of a slice. */
+template <typename T, int depth, int slice, int blocks>
+__device__ __forceinline__ void multiply_rows(uint32_t rows, uint32_t others, score_tile<slice> (&products)[blocks])
+{
+    const int lane = threadIdx.x % 32, row = lane % 16, other = lane % 8 + lane / 16 * 8, side = lane / 8 % 2;
+#pragma unroll
+    for (int step = 0; step < depth / 16; step++) {
+        uint32_t a[blocks][4], b[4];
+#pragma unroll
+        for (int i = 0; i < blocks; i++) {
+            load_matrices(a[i], rows + piece_at<depth>(16 * i + row, 2 * step + lane / 16));
+        }
+#pragma unroll
+        for (int pair = 0; pair < slice / 16; pair++) {
+            load_matrices(b, others + piece_at<depth>(pair * 16 + other, 2 * step + side));
+#pragma unroll
+            for (int i = 0; i < blocks; i++) {
+                T::multiply(products[i].at[2 * pair], a[i], b[0], b[1]);
+                T::multiply(products[i].at[2 * pair + 1], a[i], b[2], b[3]);
+            }
+        }
+    }
+}
+
 template <typename T, int depth, int slice>
 __device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys, score_tile<slice> &scores)
 {

@@ -135,29 +135,6 @@ __device__ __noinline__ void clear_removed(const sa_cuda_problem &p, const tile<
     __syncthreads();
 }
 
-template <typename T, typename S>
-__device__ __forceinline__ void multiply_queries(uint32_t queries, uint32_t keys, score_tile<S::keys> (&scores)[S::blocks])
-{
-    const int lane = threadIdx.x % 32, row = lane % 16, key = lane % 8 + lane / 16 * 8, side = lane / 8 % 2;
-#pragma unroll
-    for (int step = 0; step < S::depth / 16; step++) {
-        uint32_t a[S::blocks][4], b[4];
-#pragma unroll
-        for (int block = 0; block < S::blocks; block++) {
-            load_matrices(a[block], queries + piece_at<S::depth>(16 * block + row, 2 * step + lane / 16));
-        }
-#pragma unroll
-        for (int pair = 0; pair < S::keys / 16; pair++) {
-            load_matrices(b, keys + piece_at<S::depth>(pair * 16 + key, 2 * step + side));
-#pragma unroll
-            for (int block = 0; block < S::blocks; block++) {
-                T::multiply(scores[block].at[2 * pair], a[block], b[0], b[1]);
-                T::multiply(scores[block].at[2 * pair + 1], a[block], b[2], b[3]);
-            }
-        }
-    }
-}
-
 /* Weights of 16 rows as the second product takes them. */
 template <int keys> struct weight_tile {
     uint32_t at[keys / 16][4];
@@ -336,7 +313,7 @@ template <typename T, typename S> __device__ __forceinline__ void prefill(const 
             __syncthreads();
         }
         score_tile<S::keys> scores[S::blocks] = {};
-        multiply_queries<T, S>(shared_address(queries) + warp_row * S::depth * 2, shared_address(keys), scores);
+        multiply_rows<T, S::depth>(shared_address(queries) + warp_row * S::depth * 2, shared_address(keys), scores);
         copy_async_wait<0>();
         __syncthreads(); /* the values are there, and all are done with the keys */
         if (slice + 1 < slices) {

@@ -25,11 +25,6 @@ __device__ __forceinline__ void copy_box(const sa_cuda_map &map, uint32_t target
                  : "memory");
 }
 
-__device__ __forceinline__ void prefetch_map(const sa_cuda_map &map)
-{
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 /* --- products of any width -------------------------------------------------------------------------------------------------------------- */
 
 #define SA_T0 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -68,22 +63,9 @@ template <typename T, int n> struct wide_product;
                      : out(d)                                                                                                              \
                      : "l"(a), "l"(b));                                                                                                    \
     }                                                                                                                                      \
-    static __device__ __forceinline__ void begin(float (&d)[n / 2], const uint32_t *a, uint64_t b)                                         \
-    {                                                                                                                                      \
-        asm volatile("{ .reg .pred never; setp.ne.b32 never, 0, 0;\n" SA_WGMMA(name, type, list) "{%" i0 ", %" i1 ", %" i2 ", %" i3      \
-                     "}, %" i4 ", never, 1, 1, 0; }"                                                                                      \
-                     : out(d)                                                                                                              \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                \
-    }                                                                                                                                      \
     static __device__ __forceinline__ void keys(float (&d)[n / 2], uint64_t a, uint64_t b)                                                 \
     {                                                                                                                                      \
         asm volatile(SA_WGMMA(name, type, list) "%" i0 ", %" i1 ", 1, 1, 1, 0, 0;" : both(d) : "l"(a), "l"(b));                           \
-    }                                                                                                                                      \
-    static __device__ __forceinline__ void keys(float (&d)[n / 2], const uint32_t *a, uint64_t b)                                          \
-    {                                                                                                                                      \
-        asm volatile(SA_WGMMA(name, type, list) "{%" i0 ", %" i1 ", %" i2 ", %" i3 "}, %" i4 ", 1, 1, 1, 0;"                              \
-                     : both(d)                                                                                                             \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                \
     }                                                                                                                                      \
     static __device__ __forceinline__ void values(float (&d)[n / 2], const uint32_t *a, uint64_t b)                                        \
     {                                                                                                                                      \
