@@ -134,9 +134,7 @@ static PyObject *attend_locked(sa_call *call, sa_cache *cache, PyObject *const *
     sa_results results = {0};
     PyObject *answer = NULL;
     bool return_lse, return_mass;
-    if (sa_parse_bool(call, "return_lse", arguments[SA_CACHE_RETURN_LSE], &return_lse) < 0 ||
-        sa_parse_bool(call, "return_mass", arguments[SA_CACHE_RETURN_MASS], &return_mass) < 0 ||
-        sa_parse_cache_call(call, arguments, &params, &results.like) < 0) {
+    if (sa_parse_cache_call(call, arguments, &params, &results.like, &return_lse, &return_mass) < 0) {
         goto end;
     }
     sa_status status = sa_cache_attend_check(cache, &params);

@@ -64,12 +64,15 @@ int sa_parse_scores(sa_call *call, const sa_score_arguments *arguments, sa_atten
                : 0;
 }
 
-int sa_parse_cache_call(sa_call *call, PyObject *const *arguments, sa_attend_params *params, sa_like *like)
+int sa_parse_cache_call(sa_call *call, PyObject *const *arguments, sa_attend_params *params, sa_like *like, bool *return_lse,
+                        bool *return_mass)
 {
     const sa_score_arguments scores = {arguments[SA_CACHE_SINK_LOGITS], arguments[SA_CACHE_SINK_BIAS], arguments[SA_CACHE_SINK_KV],
                                        arguments[SA_CACHE_SCALE],       arguments[SA_CACHE_SOFTCAP],   arguments[SA_CACHE_ALIBI_SLOPES]};
-    return sa_parse_tensors(call, arguments[SA_CACHE_Q], arguments[SA_CACHE_K], arguments[SA_CACHE_V], arguments[SA_CACHE_OUT], params,
-                            like) < 0 ||
+    return sa_parse_bool(call, "return_lse", arguments[SA_CACHE_RETURN_LSE], return_lse) < 0 ||
+                   sa_parse_bool(call, "return_mass", arguments[SA_CACHE_RETURN_MASS], return_mass) < 0 ||
+                   sa_parse_tensors(call, arguments[SA_CACHE_Q], arguments[SA_CACHE_K], arguments[SA_CACHE_V], arguments[SA_CACHE_OUT],
+                                    params, like) < 0 ||
                    sa_parse_scores(call, &scores, params) < 0 ||
                    sa_cast_ints(call, "new_lengths", arguments[SA_CACHE_NEW_LENGTHS], &params->query_lengths) < 0
                ? -1

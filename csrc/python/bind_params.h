@@ -33,7 +33,8 @@ enum {
     SA_CACHE_SOFTCAP, SA_CACHE_ALIBI_SLOPES, SA_CACHE_OUT, SA_CACHE_RETURN_LSE, SA_CACHE_RETURN_MASS, SA_CACHE_ARGUMENTS
 };
 /* clang-format on */
-int sa_parse_cache_call(sa_call *call, PyObject *const *arguments, sa_attend_params *params, sa_like *like);
+int sa_parse_cache_call(sa_call *call, PyObject *const *arguments, sa_attend_params *params, sa_like *like, bool *return_lse,
+                        bool *return_mass);
 
 /* What the other methods of every cache are given. */
 int sa_parse_rows(PyObject *mask, int64_t batch, const bool **rows); /* of reset: bytes, a flag for each row, or None for all (NULL) */

@@ -111,9 +111,7 @@ static PyObject *attend_locked(sa_call *call, sa_cuda_object *self, PyObject *co
     sa_results results = {0};
     PyObject *answer = NULL;
     bool return_lse, return_mass;
-    if (sa_parse_bool(call, "return_lse", arguments[SA_CACHE_RETURN_LSE], &return_lse) < 0 ||
-        sa_parse_bool(call, "return_mass", arguments[SA_CACHE_RETURN_MASS], &return_mass) < 0 ||
-        sa_parse_cache_call(call, arguments, &params, &results.like) < 0) {
+    if (sa_parse_cache_call(call, arguments, &params, &results.like, &return_lse, &return_mass) < 0) {
         goto end;
     }
     if (self->api != NULL && sa_follow_exchange(call, self->api, self->device) < 0) { /* q of another library than the storage */

@@ -68,18 +68,27 @@ for thread in threads:
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12) or native.INSTRUMENTED, reason="interpreters share one GIL switch from 3.12 on")
-def test_an_interpreter_beside_the_first():
-    """NumPy decides whether it can be imported there; where it can, so can we, and the first goes on."""
-    code = """
-import numpy as np
-from sinkattn import attend
+def run_with_interpreters(code):
+    """`code` in a process of its own, which has `interpreters` and `make()`: one more."""
+    before = '''
 try:
     import _interpreters as interpreters
     make = lambda: interpreters.create("legacy")
 except ImportError:
     import _xxsubinterpreters as interpreters
     make = lambda: interpreters.create(isolated=False)
+'''
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", before + code], timeout=300, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12) or native.INSTRUMENTED, reason="interpreters share one GIL switch from 3.12 on")
+def test_an_interpreter_beside_the_first():
+    """NumPy decides whether it can be imported there; where it can, so can we, and the first goes on."""
+    code = """
+import numpy as np
+from sinkattn import attend
 x = np.ones((1, 1, 3, 8), np.float32)
 program = '''
 try:
@@ -98,9 +107,7 @@ for _ in range(20):
     interpreters.destroy(other)
     assert (attend(x, x, x) == 1).all()
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=300, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
-    assert done.returncode == 0, done.stderr
+    run_with_interpreters(code)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12) or native.INSTRUMENTED, reason="interpreters share one GIL switch from 3.12 on")
@@ -108,12 +115,6 @@ def test_an_interpreter_that_alone_has_numpy():
     """NumPy 2 lets one interpreter of a process import it: here it is not the first one."""
     code = """
 import sys
-try:
-    import _interpreters as interpreters
-    make = lambda: interpreters.create("legacy")
-except ImportError:
-    import _xxsubinterpreters as interpreters
-    make = lambda: interpreters.create(isolated=False)
 program = '''
 import numpy as np
 from sinkattn import SinkCache, attend
@@ -133,9 +134,7 @@ for _ in range(3):
 interpreters.destroy(other)
 assert "numpy" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=300, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
-    assert done.returncode == 0, done.stderr
+    run_with_interpreters(code)
 
 
 @pytest.mark.skipif(getattr(sys, "_is_gil_enabled", lambda: True)(), reason="needs an interpreter without a GIL")
